@@ -15,9 +15,21 @@ using namespace pybind11::literals;
 
 namespace {
 
+// The widest instruction set that this build has and this CPU knows: sinkhorn.cpp is compiled once for each.
+const char* instruction_set() {
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+  return "baseline";
+}
+
 py::dict build_info() {
-  py::dict info("version"_a = COT2ALIGN_VERSION, "compiler"_a = __VERSION__, "openmp"_a = false,
-                "cuda"_a = false, "cuda_archs"_a = "");
+  py::dict info("version"_a = COT2ALIGN_VERSION, "compiler"_a = __VERSION__,
+                "instruction_set"_a = instruction_set(), "openmp"_a = false, "cuda"_a = false,
+                "cuda_archs"_a = "");
 #ifdef _OPENMP
   info["openmp"] = true;
 #endif
@@ -49,7 +61,7 @@ py::tuple cuda_versions() {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.def("build_info", &build_info, "version, compiler, openmp, cuda, cuda_archs");
+  module.def("build_info", &build_info, "version, compiler, instruction_set, openmp, cuda, cuda_archs");
 #ifdef COT2ALIGN_CUDA_ARCHS
   module.def("cuda_devices", &cuda_devices,
              "(devices, reason): a dict for each CUDA device; reason says why there are none");
