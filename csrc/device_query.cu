@@ -16,6 +16,10 @@ void check(cudaError_t status, const char* call) {
 }  // namespace
 
 std::vector<CudaDevice> cuda_devices(std::string& reason) {
+  if (cuda_versions().driver == 0) {  // cudaGetDeviceCount would call it too old
+    reason = "no CUDA driver";
+    return {};
+  }
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {

@@ -1,0 +1,241 @@
+"""`python -m cot2align.doctor`: what is installed and built, which backend each device gets, and why.
+
+One dictionary of facts, printed as a table or, with `--json`, as it is. Nothing here computes on a
+device, and a broken part (PyTorch that does not import, a driver that is too old) is a fact to report,
+not an error: the exit code is 0 whatever was found. What is missing comes with what to do about it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cot2align
+
+Facts = dict[str, Any]
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "tokenizers")
+
+
+def gather() -> Facts:
+    """All facts: keys versions, native, torch, cuda, devices, backends, advice."""
+    facts: Facts = {
+        "versions": {
+            "cot2align": cot2align.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "native": _native(),
+        "torch": _torch(),
+    }
+    facts["cuda"], facts["devices"] = _cuda(facts["native"]["build"], facts["torch"])
+    facts["backends"] = backends(facts)
+    facts["advice"] = advice(facts)
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _native() -> Facts:
+    """The compiled module's file and build, or why it does not load."""
+    try:
+        module = importlib.import_module("cot2align.kernels._native")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        return {"file": None, "build": None, "error": None if missing else str(error)}
+    return {"file": module.__file__, "build": module.build_info(), "error": None}
+
+
+def _torch() -> Facts:
+    """The CUDA version that PyTorch has and the devices that it sees, or why it does not import."""
+    try:
+        import torch
+    except ImportError as error:
+        return {"cuda": None, "devices": [], "error": str(error)}
+    count = torch.cuda.device_count()
+    properties = [torch.cuda.get_device_properties(i) for i in range(count)]
+    devices = [
+        _device(i, p.name, (p.major, p.minor), p.total_memory, p.multi_processor_count)
+        for i, p in enumerate(properties)
+    ]
+    return {"cuda": torch.version.cuda, "devices": devices, "error": None}
+
+
+def _device(
+    index: int, name: str, capability: Sequence[int], memory: int, multiprocessors: int
+) -> Facts:
+    return {
+        "device": f"cuda:{index}",
+        "name": name,
+        "capability": "{}.{}".format(*capability),
+        "memory_gib": round(memory / 2**30, 1),
+        "multiprocessors": multiprocessors,
+    }
+
+
+def _cuda(build: Facts | None, torch: Facts) -> tuple[Facts, list[Facts]]:
+    """Driver, runtime and devices: asked of the compiled module, else as PyTorch sees them."""
+    facts: Facts = {"driver": None, "runtime": None, "reason": None}
+    if not (build and build["cuda"]):
+        return facts, torch["devices"]
+    native = importlib.import_module("cot2align.kernels._native")
+    try:
+        driver, runtime = native.cuda_versions()
+        facts |= {"driver": _cuda_version(driver), "runtime": _cuda_version(runtime)}
+        found, facts["reason"] = native.cuda_devices()
+    except RuntimeError as error:
+        return facts | {"reason": str(error)}, torch["devices"]
+    devices = [
+        _device(d["index"], d["name"], d["capability"], d["total_memory"], d["multiprocessors"])
+        for d in found
+    ]
+    return facts, devices
+
+
+def _cuda_version(number: int) -> str | None:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def backends(facts: Facts) -> list[Facts]:
+    """For the CPU and each CUDA device: the backend that `backend=None` takes there, and why."""
+    build = facts["native"]["build"]
+    if facts["torch"]["error"]:
+        cpu = ("none", "PyTorch does not import")
+    elif build:
+        cpu = ("native", f"the compiled module is there ({build['instruction_set']})")
+    else:
+        cpu = ("reference", "the compiled module is not there")
+    chosen = [{"device": "cpu", "backend": cpu[0], "why": cpu[1]}]
+    for device in facts["devices"]:
+        if any(device["device"] == seen["device"] for seen in facts["torch"]["devices"]):
+            gpu = ("reference", "this version has no GPU kernel: plain PyTorch on the device")
+        else:
+            gpu = ("none", "PyTorch does not see this device")
+        chosen.append({"device": device["device"], "backend": gpu[0], "why": gpu[1]})
+    return chosen
+
+
+def covers(archs: str, capability: str) -> bool:
+    """Whether code for `archs` ("8.0 9.0 10.0+PTX") runs on a device of that compute capability."""
+    major, minor = map(int, capability.split("."))
+    for arch in archs.split():
+        number, _, ptx = arch.partition("+")
+        built = tuple(map(int, number.rstrip("af").split(".")))
+        specific = number[-1] in "af"
+        if built == (major, minor) or (built[0] == major and built[1] <= minor and not specific):
+            return True
+        if ptx and built <= (major, minor) and not specific:
+            return True
+    return False
+
+
+def advice(facts: Facts) -> list[str]:
+    """One line for each thing that is missing or does not fit, with what to do about it."""
+    native, torch, cuda = facts["native"], facts["torch"], facts["cuda"]
+    build, lines = native["build"], []
+    if torch["error"]:
+        lines.append(f"PyTorch does not import ({torch['error']}): pip install 'torch>=2.6,<3'")
+    if facts["versions"]["transformers"] is None:
+        lines.append("training needs transformers and more: pip install 'cot2align[train]'")
+    if native["error"]:
+        lines.append(f"the compiled module does not load ({native['error']}): build it again")
+    elif build is None and Path(cot2align.__file__).parents[1].joinpath("setup.py").exists():
+        lines.append("Python runs the source tree, where nothing is compiled: pip install -e .")
+    elif build is None:
+        lines.append(
+            "the CPU part was not compiled (COT2ALIGN_NATIVE=0): install a C++ compiler, then "
+            "pip install --force-reinstall --no-deps cot2align"
+        )
+    if build is None:
+        return lines
+    if build["version"] != cot2align.__version__:
+        lines.append(f"the compiled module is of version {build['version']}: build it again")
+    if not build["openmp"]:
+        lines.append("the CPU part runs on one thread: build it with a compiler that has OpenMP")
+    if facts["devices"] and not build["cuda"]:
+        lines.append("no CUDA part: put nvcc on PATH or set CUDA_HOME, then build it again")
+    driver, runtime = cuda["driver"], cuda["runtime"]
+    if driver and runtime and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
+        lines.append(
+            f"the driver supports CUDA {driver}, the CUDA part is built with {runtime}: "
+            "update the driver, or build with an older CUDA_HOME"
+        )
+    if facts["devices"] and not torch["error"] and not torch["devices"]:
+        lines.append(
+            f"PyTorch (CUDA {torch['cuda']}) does not see the devices: install a build that fits "
+            "the driver"
+            if torch["cuda"]
+            else "this PyTorch is built for the CPU only: install its CUDA build"
+        )
+    for device in facts["devices"] if build["cuda"] else []:
+        if not covers(build["cuda_archs"], device["capability"]):
+            lines.append(
+                f"{device['device']} has compute capability {device['capability']}, built were "
+                f"{build['cuda_archs']}: build with TORCH_CUDA_ARCH_LIST={device['capability']}"
+            )
+    return lines
+
+
+def table(facts: Facts) -> str:
+    """The facts as text, one section after the other."""
+    native, build, cuda = facts["native"], facts["native"]["build"], facts["cuda"]
+    versions = {name: version or "not installed" for name, version in facts["versions"].items()}
+    built = {"module": native["file"] or native["error"] or "none, pure Python"}
+    if build:
+        threads = "OpenMP" if build["openmp"] else "one thread"
+        built["compiler"] = build["compiler"]
+        built["CPU part"] = f"{build['instruction_set']}, {threads}"
+        built["CUDA part"] = build["cuda_archs"] if build["cuda"] else "not built"
+    devices = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores"} | {
+        d["device"]: f"{d['name']}, compute capability {d['capability']}, {d['memory_gib']} GiB, "
+        f"{d['multiprocessors']} multiprocessors"
+        for d in facts["devices"]
+    }
+    if cuda["reason"]:
+        devices["cuda"] = cuda["reason"]
+    versions_of_cuda = {
+        "driver": f"up to {cuda['driver']}" if cuda["driver"] else "none found",
+        "this build": cuda["runtime"] or "none",
+        "PyTorch": facts["torch"]["cuda"] or "none",
+    }
+    sections = {
+        "Versions": versions,
+        "Built": built,
+        "Devices": devices,
+        "CUDA": versions_of_cuda,
+        "Backends": {b["device"]: f"{b['backend']}: {b['why']}" for b in facts["backends"]},
+    }
+    lines = []
+    for title, rows in sections.items():
+        lines += [title, *(f"  {name:<13} {value}" for name, value in rows.items()), ""]
+    lines += ["What to do", *(f"  {line}" for line in facts["advice"] or ["nothing is missing"])]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, or JSON with `--json`; the exit code is 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cot2align.doctor",
+        description="What is installed, what was built, and which backend each device gets.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    as_json = parser.parse_args(argv).json
+    facts = gather()
+    print(json.dumps(facts, indent=2) if as_json else table(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
