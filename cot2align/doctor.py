@@ -1,8 +1,8 @@
-"""`python -m cot2align.doctor`: what is installed and built, which backend each device gets, and why.
+"""`python -m cot2align.doctor`: what is there, which backend each device gets, and why.
 
 One dictionary of facts, printed as a table or, with `--json`, as it is. Nothing here computes on a
-device, and a broken part (PyTorch that does not import, a driver that is too old) is a fact to report,
-not an error: the exit code is 0 whatever was found. What is missing comes with what to do about it.
+device, and a broken part (PyTorch that does not import, a driver that is too old) is a fact to
+report, not an error: the exit code is 0 whatever was found. What is missing comes with what to do.
 """
 
 from __future__ import annotations
