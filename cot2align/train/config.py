@@ -1,0 +1,392 @@
+"""The settings of every command: one dataclass each, filled from YAML and the command line.
+
+A setting is a dataclass field made by `setting(...)`: its default, its help with the unit, its
+range. From these come the `--help` texts, the type checks, and the errors that offer the nearest
+name. The command line beats the YAML file. Relative paths are taken as given.
+
+There is no nesting, no interpolation and no inheritance between files; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+PROMPTS = ("standard", "cot")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+)
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: shown as one `error:` line, exit code 2."""
+
+
+def about(
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> dict[str, Any]:
+    """A field's metadata: its help and the range of its value, or of each of a list's items."""
+    return {
+        "help": help,
+        "choices": tuple(choices),
+        "above": above,
+        "at_least": at_least,
+        "at_most": at_most,
+    }
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "", **limits: Any) -> Any:
+    """A field with its help and range; without a default it is required."""
+    return field(default=default, metadata=about(help, **limits))
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Settings of everything that reads rows and models."""
+
+    prompt_format: str = setting("alpaca", "prompt template", choices=("alpaca", "short"))
+    max_length: int = setting(512, "prompt and response together, tokens", at_least=8)
+    trust_remote_code: bool = setting(
+        False, "run code that comes with a model folder; off unless you trust its author"
+    )
+    device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu"))
+
+
+@dataclass(kw_only=True)
+class TrainConfig(TextConfig):
+    """Settings that fine-tuning and distillation share."""
+
+    train: str = setting(help="training rows, a JSON Lines file")
+    eval: str | None = setting(None, "rows for the evaluation loss, a JSON Lines file")
+    output: str = setting(help="output folder; must be empty or new unless --resume")
+    resume: bool = setting(False, "continue from the last checkpoint in the output folder")
+    texts: str = setting(
+        "both",
+        "train on the standard text of a row, its chain-of-thought text, or both",
+        choices=("standard", "cot", "both"),
+    )
+    max_prompt_length: int = setting(
+        256, "tokens a prompt may always keep; a longer one is cut in its input", at_least=4
+    )
+    epochs: float = setting(10.0, "passes over the training rows", above=0)
+    max_steps: int | None = setting(None, "optimizer steps; beats epochs", at_least=1)
+    batch_size: int = setting(8, "rows per process and forward pass", at_least=1)
+    gradient_accumulation: int = setting(1, "forward passes per optimizer step", at_least=1)
+    eval_batch_size: int = setting(8, "rows per process when evaluating", at_least=1)
+    learning_rate: float = setting(5e-4, "peak learning rate of the student", above=0)
+    weight_decay: float = setting(0.01, "AdamW weight decay", at_least=0)
+    schedule: str = setting(
+        "cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup")
+    )
+    warmup: float = setting(0.0, "warm-up, fraction of all steps", at_least=0, at_most=0.99)
+    max_grad_norm: float = setting(1.0, "gradient clipping norm; 0 = off", at_least=0)
+    seed: int = setting(10, "seed of initialisation, order and dropout", at_least=0)
+    bf16: bool = setting(False, "mixed precision with bfloat16; the losses stay float32")
+    gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass")
+    logging_steps: int = setting(10, "optimizer steps between two log entries", at_least=1)
+    save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
+    eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
+    checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainConfig):
+    """Fine-tune one model, teacher or student, on standard and chain-of-thought texts."""
+
+    model: str = setting(help="model to fine-tune: a folder or a hub name")
+
+
+@dataclass(kw_only=True)
+class DistillConfig(TrainConfig):
+    """Train a student from a teacher: (1 - alpha) CE + alpha (ot_weight L_CCoT + L_KD), eq. 16."""
+
+    student: str = setting(help="student model: a folder or a hub name")
+    teacher: str = setting(help="teacher model: a folder or a hub name")
+    teacher_dtype: str = setting(
+        "auto",
+        "teacher weights; auto: as saved",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
+    kd: str = setting("none", "L_KD; kl needs one vocabulary for both", choices=("none", "kl"))
+    divergence: str = setting("forward_kl", "divergence inside L_KD", choices=DIVERGENCES)
+    temperature: float = setting(2.0, "softmax temperature of L_KD", above=0)
+    ot_weight: float = setting(1.0, "weight of L_CCoT; 0 = off", at_least=0)
+    ot_terms: list[str] = field(
+        default_factory=lambda: ["cst", "crc"],
+        metadata=about("same-format and crossed pairs, eq. 7 and 8", choices=("cst", "crc")),
+    )
+    ot_layers: list[str] = field(
+        default_factory=lambda: ["embed", "last"],
+        metadata=about("layers summed in eq. 14: embed, last, or an index of hidden_states"),
+    )
+    ot_tokens: str = setting("response", "positions that are aligned", choices=("response", "all"))
+    ot_norm: str = setting(
+        "none", "normalisation of the tokens before the projection", choices=("none", "rms")
+    )
+    projection: str = setting(
+        "shared", "one projection for all layers, or one each", choices=("shared", "per-layer")
+    )
+    projection_learning_rate: float = setting(1e-3, "learning rate of the projection", above=0)
+    epsilon: float = setting(0.1, "entropic regularisation, 1/lambda of the paper", above=0)
+    sinkhorn_iterations: int = setting(100, "Sinkhorn iterations at most", at_least=1)
+    sinkhorn_tolerance: float = setting(
+        1e-6, "L1 marginal error that stops a problem; 0 = never", at_least=0
+    )
+    ot_grad: str = setting(
+        "unrolled",
+        "gradient of the plan: of the iterations run, at the fixed point, or none",
+        choices=("unrolled", "implicit", "detached"),
+    )
+    ot_backend: str | None = setting(
+        None,
+        "OT implementation; none: the fastest the device has",
+        choices=("reference", "native", "triton", "cuda"),
+    )
+
+
+@dataclass(kw_only=True)
+class GenerationConfig(TextConfig):
+    """Settings of everything that generates."""
+
+    model: str = setting(help="model: a folder or a hub name")
+    data: str = setting(help="rows, a JSON Lines file")
+    batch_size: int = setting(16, "rows generated at once", at_least=1)
+    max_new_tokens: int = setting(
+        256, "generated tokens at most; the prompt keeps max_length less these", at_least=1
+    )
+    dtype: str = setting(
+        "auto", "weights; auto: as saved", choices=("auto", "float32", "bfloat16", "float16")
+    )
+
+
+@dataclass(kw_only=True)
+class AugmentConfig(GenerationConfig):
+    """Let the teacher write a rationale for every row, under the chain-of-thought prompt."""
+
+    output: str = setting(help="JSON Lines file with the rows and their rationales")
+    resume: bool = setting(False, "keep the rows that the output file holds, add the others")
+    seed: int = setting(10, "sampling seed", at_least=0)
+    temperature: float = setting(1.0, "sampling temperature", above=0)
+    only_with_input: bool = setting(False, "no rationale for rows whose input is empty")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(GenerationConfig):
+    """Generate for test rows; ROUGE-L, exact match, and the loss of the reference text."""
+
+    output: str = setting(help="folder for predictions and results; new or empty")
+    prompts: list[str] = field(
+        default_factory=lambda: ["standard"],
+        metadata=about("prompts to evaluate under", choices=PROMPTS),
+    )
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata=about("sampling seeds, one run each (temperature 1); empty: one greedy run"),
+    )
+
+
+Config = TypeVar("Config")
+
+
+def from_sources(cls: type[Config], yaml_path: str | None, overrides: dict[str, str]) -> Config:
+    """The config of class `cls` from a YAML file, beaten by command-line texts.
+
+    Raises UserError for an unreadable file, an unknown name, a wrong type or range, or a missing
+    setting.
+    """
+    given = {} if yaml_path is None else _read_yaml(yaml_path)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            raise UserError(f"{yaml_path}: unknown setting {name!r}{nearest(str(name), known)}")
+    return build(cls, {**given, **overrides})
+
+
+def build(cls: type[Config], values: dict[str, Any]) -> Config:
+    """A config from checked values; texts are read as the field's type. Raises UserError."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    checked = {f.name: _check(f, hints[f.name], values[f.name]) for f in fields if f.name in values}
+    for f in fields:
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in checked:
+            raise UserError(f"setting {f.name!r} is missing ({f.metadata['help']})")
+    return cls(**checked)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, as a YAML file that the same command reads."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean ...?' for a mistyped name, or the list of names where none is near."""
+    names = sorted(known)
+    match = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(names)}"
+
+
+def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Config:
+    """Parse `--config FILE [--key value]...`;"""
+    parser = _Parser(
+        prog=prog, description=cls.__doc__, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_text(f)}
+        options["metavar"] = _type_name(hints[f.name]).upper()
+        if hints[f.name] is bool:
+            options |= {"nargs": "?", "const": "true"}
+        elif typing.get_origin(hints[f.name]) is list:
+            options["nargs"] = "*"
+        parser.add_argument(f"--{f.name}", **options)
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0]
+            raise UserError(f"unknown option --{name}{nearest(name, [*names, 'config'])}")
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]!r}; options are written --key value")
+    values = vars(given)
+    return from_sources(cls, values.pop("config"), values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        super().add_usage("%(prog)s --config FILE [--key value]...", [], [], prefix)
+
+
+def _help_text(f: dataclasses.Field) -> str:
+    text = f.metadata["help"]
+    if f.metadata["choices"]:
+        text += f" ({' | '.join(f.metadata['choices'])})"
+    if f.default_factory is not dataclasses.MISSING:
+        default = ",".join(str(item) for item in f.default_factory()) or "empty"
+    elif f.default is dataclasses.MISSING:
+        return text.replace("%", "%%") + " [required]"
+    else:
+        default = str(f.default)
+        if f.default is None or isinstance(f.default, bool):
+            default = default.lower()
+    return text.replace("%", "%%") + f" [{default}]"
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path}: {_reason(error)}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{path}:{line} not valid YAML: {problem}") from None
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path}: expected `name: value` lines, got a {type(content).__name__}")
+    return content or {}
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _check(f: dataclasses.Field, hint: Any, value: Any) -> Any:
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is list:
+        (item_hint,) = typing.get_args(hint)
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = [word for item in value for word in item.replace(",", " ").split()]
+        if not isinstance(value, list):
+            raise _wrong_type(f.name, hint, value)
+        return [_check_scalar(f, item_hint, item) for item in value]
+    return _check_scalar(f, hint, value)
+
+
+def _check_scalar(f: dataclasses.Field, hint: type, value: Any) -> Any:
+    value = _convert(f.name, hint, value)
+    limits = f.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        near = nearest(str(value), limits["choices"])
+        raise UserError(f"setting {f.name!r}: unknown value {value!r}{near}")
+    for limit, holds, words in (
+        (limits["above"], lambda bound: value > bound, "greater than"),
+        (limits["at_least"], lambda bound: value >= bound, "at least"),
+        (limits["at_most"], lambda bound: value <= bound, "at most"),
+    ):
+        if limit is not None and not holds(limit):
+            raise UserError(f"setting {f.name!r} must be {words} {limit}, got {value}")
+    return value
+
+
+def _convert(name: str, hint: type, value: Any) -> Any:
+    if hint is str:
+        # A layer index or a folder named 7 is a number to YAML.
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, str) and value:
+            return value
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif not isinstance(value, bool) and isinstance(value, int | float | str):
+        # YAML 1.1 reads 1e-3, without a point, as text: numbers are accepted in quotes.
+        try:
+            number = hint(value)
+        except (ValueError, OverflowError):
+            raise _wrong_type(name, hint, value) from None
+        if math.isfinite(number) and (isinstance(value, str) or number == value):
+            return number
+    raise _wrong_type(name, hint, value)
+
+
+def _wrong_type(name: str, hint: Any, value: Any) -> UserError:
+    return UserError(f"setting {name!r}: expected {_type_name(hint)}, got {value!r}")
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return _type_name(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is list:
+        return f"list of {_type_name(typing.get_args(hint)[0])}"
+    return {str: "text", int: "integer", float: "number", bool: "true|false"}[hint]

@@ -1,0 +1,408 @@
+"""Rows -> prompts -> token ids -> batches.
+
+A row is a JSON line with `instruction`, `input`, `output`, and optionally `rationale` and `id`. It
+has a standard text and, where it has a rationale, a chain-of-thought (CoT) text:
+
+    standard   prompt                     + "{output}"
+    CoT        prompt that asks for steps + "{rationale}\\nTherefore, the answer is: {output}"
+
+Prompt and response are tokenised separately, the end-of-sequence token closes the response, and
+every model has its own tokenizer. A text that is too long loses tokens of its prompt's input first,
+then of its instruction, never of the `### Response:` tail; then of its response's end.
+
+A batch carries all texts of its rows, standard and CoT alike, once per model. The positions that
+predict a response token are computed here, on the CPU, so that the models' forward passes read
+nothing back from the device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cot2align.train.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWER_MARKER = "Therefore, the answer is:"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Templates over {instruction} and {input}; what follows the input is the tail, never cut."""
+
+    standard: str
+    standard_with_input: str
+    cot: str
+    cot_with_input: str
+
+    def template(self, row: Row, is_cot: bool) -> str:
+        if is_cot:
+            return self.cot_with_input if row.input else self.cot
+        return self.standard_with_input if row.input else self.standard
+
+
+_SECTIONS = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+_SECTIONS_WITH_INPUT = (
+    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_COT = (
+    "Below is an instruction that describes a task. "
+    "Write a response with reasoning step by step that appropriately completes the request."
+)
+_STEPS = "Let's think step by step.\n"
+PROMPT_FORMATS = {
+    # Figure 3 of the paper.
+    "alpaca": PromptFormat(
+        standard="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request." + _SECTIONS,
+        standard_with_input="Below is an instruction that describes a task, paired with an input "
+        "that provides further context. "
+        "Write a response that appropriately completes the request." + _SECTIONS_WITH_INPUT,
+        cot=_COT + _SECTIONS + _STEPS,
+        cot_with_input=_COT + _SECTIONS_WITH_INPUT + _STEPS,
+    ),
+    # For small models and small context windows.
+    "short": PromptFormat(
+        standard="{instruction}\nAnswer:\n",
+        standard_with_input="{instruction}\n{input}\nAnswer:\n",
+        cot="{instruction}\nSteps:\n",
+        cot_with_input="{instruction}\n{input}\nSteps:\n",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a data file; `fields` holds it as it was read."""
+
+    id: str
+    instruction: str
+    input: str
+    outputs: tuple[str, ...]
+    rationale: str
+    fields: dict[str, Any] = field(repr=False, compare=False)
+
+    def response(self, is_cot: bool) -> str:
+        """The target text; of several references, the first."""
+        if is_cot:
+            return f"{self.rationale}\n{ANSWER_MARKER} {self.outputs[0]}"
+        return self.outputs[0]
+
+
+def read_rows(path: str) -> list[Row]:
+    """The rows of a JSON Lines file; blank lines are skipped, a missing `id` is the row's number
+    from 0.
+
+    Raises UserError, with file and line, for a missing file, broken JSON, a field that is missing,
+    of a wrong type or empty, and an `id` that comes twice.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"data file {path}: {reason}") from None
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = parse_row(line, f"{path}:{number}", default_id=str(len(rows)))
+        if row.id in seen:
+            raise UserError(f"{path}:{number}: id {row.id!r} is also on line {seen[row.id]}")
+        seen[row.id] = number
+        rows.append(row)
+    if not rows:
+        raise UserError(f"data file {path}: no rows")
+    return rows
+
+
+def parse_row(line: str, where: str, default_id: str) -> Row:
+    """One JSON line as a Row. Raises UserError that begins with `where`."""
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+    texts = {"input": "", "rationale": "", **{k: v for k, v in fields.items() if v is not None}}
+    for name in ("instruction", "output"):
+        if name not in texts:
+            raise UserError(f"{where}: field {name!r} is missing")
+    outputs = texts["output"] if isinstance(texts["output"], list) else [texts["output"]]
+    for name, value in [
+        *((name, texts[name]) for name in ("instruction", "input", "rationale")),
+        *(("output", output) for output in outputs),
+    ]:
+        if not isinstance(value, str):
+            raise UserError(f"{where}: field {name!r}: expected text, got {type(value).__name__}")
+        if not value.strip() and name in ("instruction", "output"):
+            what = "empty response" if name == "output" else "empty instruction"
+            raise UserError(f"{where}: {what} (field {name!r})")
+    if not outputs:
+        raise UserError(f"{where}: empty response (field 'output' is an empty list)")
+    row_id = fields.get("id", default_id)
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        raise UserError(f"{where}: field 'id': expected text or an integer, got {row_id!r}")
+    return Row(
+        id=str(row_id),
+        instruction=texts["instruction"],
+        input=texts["input"].strip() and texts["input"],
+        outputs=tuple(outputs),
+        rationale=texts["rationale"].strip(),
+        fields=fields,
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of one text for one model; the response begins at `prompt_length`."""
+
+    ids: list[int]
+    prompt_length: int
+
+    @property
+    def response_ids(self) -> list[int]:
+        return self.ids[self.prompt_length :]
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """One text as the student's and, in distillation, the teacher's tokens."""
+
+    is_cot: bool
+    student: Text
+    teacher: Text | None = None
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How many prompts and responses did not fit, of how many texts."""
+
+    texts: int
+    prompts: int
+    responses: int
+
+    def __str__(self) -> str:
+        shares = (
+            f"{100 * count / max(self.texts, 1):.1f} % of {what}"
+            for count, what in ((self.prompts, "prompts"), (self.responses, "responses"))
+        )
+        return f"cut to fit: {', '.join(shares)} ({self.texts} texts)"
+
+
+class TextEncoder:
+    """Turns rows into token ids with one tokenizer.
+
+    prompt_format: a key of PROMPT_FORMATS; max_length: prompt and response, tokens;
+    max_prompt_length: what a prompt may keep even where the response is long, tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_format: str,
+        max_length: int,
+        max_prompt_length: int,
+    ):
+        if max_prompt_length >= max_length:
+            raise UserError(
+                f"max_prompt_length {max_prompt_length} must be below max_length {max_length}"
+            )
+        self.tokenizer = tokenizer
+        self.format = PROMPT_FORMATS[prompt_format]
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+
+    def texts(self, rows: Sequence[Row], is_cot: bool) -> tuple[list[Text], Cuts]:
+        """Prompt, response and end-of-sequence token of every row."""
+        if not rows:
+            return [], Cuts(0, 0, 0)
+        responses = self.tokenizer(
+            [row.response(is_cot) for row in rows], add_special_tokens=False
+        )["input_ids"]
+        for row, ids in zip(rows, responses, strict=True):
+            if not ids:
+                raise UserError(f"row {row.id!r}: the response has no tokens in this tokenizer")
+            ids.append(self.tokenizer.eos_token_id)
+        budgets = [max(self.max_length - len(ids), self.max_prompt_length) for ids in responses]
+        prompts, cut_prompts = self.prompts(rows, is_cot, budgets)
+        texts = [
+            Text((prompt + response)[: self.max_length], len(prompt))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        cut_responses = sum(
+            len(prompt) + len(response) > self.max_length
+            for prompt, response in zip(prompts, responses, strict=True)
+        )
+        return texts, Cuts(len(texts), cut_prompts, cut_responses)
+
+    def prompts(
+        self, rows: Sequence[Row], is_cot: bool, budgets: Sequence[int]
+    ) -> tuple[list[list[int]], int]:
+        """Token ids of every row's prompt, at most its budget; and how many had to be cut."""
+        templates = [self.format.template(row, is_cot) for row in rows]
+        encoded = self._encode(
+            [
+                template.format(instruction=row.instruction, input=row.input)
+                for template, row in zip(templates, rows, strict=True)
+            ]
+        )
+        cut = 0
+        for index, (row, ids, budget) in enumerate(zip(rows, encoded, budgets, strict=True)):
+            if len(ids) > budget:
+                encoded[index] = self._cut(row, is_cot, ids, budget)
+                cut += 1
+        return encoded, cut
+
+    def _encode(self, prompts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(prompts, add_special_tokens=True)["input_ids"]
+        # Some tokenizers close every text; the prompt is not the end of ours.
+        eos = self.tokenizer.eos_token_id
+        return [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in encoded]
+
+    def _cut(self, row: Row, is_cot: bool, ids: list[int], budget: int) -> list[int]:
+        template = self.format.template(row, is_cot)
+        parts = {"instruction": row.instruction, "input": row.input}
+        for name in ("input", "instruction"):
+            # Tokens at the cut may merge anew, so the first guess is checked and corrected.
+            while parts[name] and len(ids) > budget:
+                parts[name] = self._drop_tokens(parts[name], len(ids) - budget)
+                (ids,) = self._encode([template.format(**parts)])
+        if len(ids) > budget:
+            raise UserError(
+                f"row {row.id!r}: the prompt's fixed text alone takes {len(ids)} tokens, more than "
+                f"the {budget} it may have; raise max_length or max_prompt_length"
+            )
+        return ids
+
+    def _drop_tokens(self, text: str, count: int) -> str:
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        kept = len(offsets) - count
+        # At least one character goes, so that the caller's loop ends.
+        return text[: min(offsets[kept - 1][1], len(text) - 1)] if kept > 0 else ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, tokenised: its texts of the wanted kinds."""
+
+    texts: tuple[TextPair, ...]
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    student: TextEncoder,
+    teacher: TextEncoder | None = None,
+    *,
+    texts: str = "both",
+    same_vocabulary: bool = False,
+) -> tuple[list[Example], dict[str, Cuts]]:
+    """Every row's texts for one model or two, and what was cut ("student", "teacher").
+
+    texts: "standard", "cot" or "both"; a row without a rationale has no CoT text, and a row with no
+    text left is dropped. same_vocabulary: both tokenizers must give the same response ids (the KL
+    loss compares position by position). Raises UserError where they do not, or where no row is
+    left.
+    """
+    pairs: list[list[TextPair]] = [[] for _ in rows]
+    cuts: dict[str, list[Cuts]] = {"student": [], "teacher": []}
+    for is_cot in [kind == "cot" for kind in ("standard", "cot") if texts in (kind, "both")]:
+        members = [i for i, row in enumerate(rows) if row.rationale or not is_cot]
+        chosen = [rows[i] for i in members]
+        student_texts, cut = student.texts(chosen, is_cot)
+        cuts["student"].append(cut)
+        teacher_texts: Sequence[Text | None] = [None] * len(chosen)
+        if teacher is not None:
+            teacher_texts, cut = teacher.texts(chosen, is_cot)
+            cuts["teacher"].append(cut)
+        for index, student_text, teacher_text in zip(
+            members, student_texts, teacher_texts, strict=True
+        ):
+            same_response = teacher_text is None or (
+                student_text.response_ids == teacher_text.response_ids
+            )
+            if same_vocabulary and not same_response:
+                raise UserError(
+                    "kd kl needs the same tokens for student and teacher, but their tokenizers "
+                    f"split the response of row {rows[index].id!r} differently"
+                )
+            pairs[index].append(TextPair(is_cot, student_text, teacher_text))
+    examples = [Example(tuple(row_pairs)) for row_pairs in pairs if row_pairs]
+    if not examples:
+        raise UserError("no row has a rationale, and texts is 'cot': nothing to train on")
+    totals = {
+        name: Cuts(
+            sum(c.texts for c in cut), sum(c.prompts for c in cut), sum(c.responses for c in cut)
+        )
+        for name, cut in cuts.items()
+        if cut
+    }
+    return examples, totals
+
+
+def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, Any]:
+    """One batch: the texts of all rows, row by row, as `B` texts for each model.
+
+    Returns {"student": model batch, "teacher": model batch (in distillation only), "text_rows": [B]
+    row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows"}. See
+    `model_batch`.
+    """
+    texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
+    batch: dict[str, Any] = {
+        "student": model_batch([pair.student for _, pair in texts], tokens),
+        "text_rows": [row for row, _ in texts],
+        "text_is_cot": [pair.is_cot for _, pair in texts],
+        "num_tokens": sum(len(pair.student.response_ids) for _, pair in texts),
+        "num_rows": len(examples),
+    }
+    teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
+    if teacher_texts:
+        batch["teacher"] = model_batch(teacher_texts, tokens)
+    return batch
+
+
+def model_batch(texts: Iterable[Text], tokens: str = "response") -> dict[str, Any]:
+    """What one model's forward pass needs of `B` texts, padded on the right to `L`.
+
+    input_ids, attention_mask: int64 [B, L]. positions: int64 [T], the flat places b * L + t whose
+    states are packed: with tokens "response" those that predict a response token, with "all" every
+    place that holds a token. cu_seqlens: list of B + 1 ints, the packed places of each text.
+    response: int64 [R], which of the T predict a response token, or None where all do. targets:
+    int64 [R], the response tokens.
+    """
+    texts = list(texts)
+    width = max(len(text.ids) for text in texts)
+    input_ids = torch.zeros(len(texts), width, dtype=torch.int64)
+    attention_mask = torch.zeros(len(texts), width, dtype=torch.int64)
+    positions: list[int] = []
+    response: list[int] = []
+    targets: list[int] = []
+    cu_seqlens = [0]
+    for b, text in enumerate(texts):
+        length = len(text.ids)
+        input_ids[b, :length] = torch.tensor(text.ids)
+        attention_mask[b, :length] = 1
+        before = text.prompt_length - 1
+        first, last = (0, length) if tokens == "all" else (before, length - 1)
+        response.extend(range(len(positions) + before, len(positions) + length - 1))
+        positions.extend(range(b * width + first, b * width + last))
+        targets.extend(text.response_ids)
+        cu_seqlens.append(len(positions))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "positions": torch.tensor(positions, dtype=torch.int64),
+        "cu_seqlens": cu_seqlens,
+        "response": torch.tensor(response, dtype=torch.int64) if tokens == "all" else None,
+        "targets": torch.tensor(targets, dtype=torch.int64),
+    }

@@ -1,0 +1,1 @@
+"""The terms of the objective: TokenStates in; a scalar, its parts and its metrics out."""

@@ -1,0 +1,50 @@
+"""L_KD between models of one vocabulary: a divergence between their logits at the same tokens.
+
+Both models must see the same response tokens: `same_vocabulary` refuses a pair of tokenizers that
+do not agree, `data.encode_rows` a text that they split differently. Heads that are padded to
+different widths are trimmed to the smaller one. The softmaxes are at the temperature, with no
+factor for it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cot2align.train.config import UserError
+from cot2align.train.losses.divergences import DIVERGENCES
+from cot2align.train.token_states import TokenStates, sum_over_tokens
+
+
+def same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises UserError unless both tokenizers give every token the same id."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        shared = len(ours.items() & theirs.items())
+        raise UserError(
+            f"kd kl needs one vocabulary, but of the student's {len(ours)} and the teacher's "
+            f"{len(theirs)} tokens only {shared} have the same id in both; use kd none"
+        )
+
+
+def kl(student: TokenStates, teacher: TokenStates, divergence: str, temperature: float) -> Tensor:
+    """Sum over response tokens of the divergence of teacher and student, nats, float32; a
+    scalar."""
+    vocabulary = min(student.vocabulary, teacher.vocabulary)
+    distance = DIVERGENCES[divergence]
+
+    def log_probabilities(states: TokenStates, hidden: Tensor) -> Tensor:
+        logits = states.head(hidden)[:, :vocabulary].float()
+        return (logits / temperature).log_softmax(-1)
+
+    def chunk_sum(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+        log_q = log_probabilities(student, student_hidden)
+        log_p = log_probabilities(teacher, teacher_hidden)
+        return distance(log_p, log_q).sum()
+
+    return sum_over_tokens(
+        chunk_sum,
+        student.hidden,
+        teacher.hidden,
+        logits_per_token=student.vocabulary + teacher.vocabulary,
+    )

@@ -1,0 +1,157 @@
+"""Models and tokenizers: loading, and what they must be able to do.
+
+Any Hugging Face causal language model will do whose logits are a function of its last hidden state;
+there is no list of model types. What cannot work is refused here, by name, before anything is
+spent: a tokenizer that is not fast or has no end-of-sequence token, weights that are missing or not
+in safetensors, a head that `lm_logits` does not reproduce, a context window below max_length.
+Nothing is downloaded code unless `trust_remote_code` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from cot2align.train.config import UserError
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The fast tokenizer of a folder or hub name. Raises UserError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise UserError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast tokenizer "
+            "(no tokenizer.json); convert it with the tokenizers library"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer of {name!r} has no end-of-sequence token")
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    max_length: int,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model of a folder or hub name, checked, in eval mode, on the CPU.
+
+    dtype: "float32", "bfloat16", "float16" or "auto" (as saved). max_length: tokens that it will be
+    given. Raises UserError.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"model {name!r}: {len(missing)} weights are missing, first {missing[0]!r}")
+    model.eval()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model {name!r} embeds {vocabulary} tokens, but its tokenizer has {len(tokenizer)}"
+        )
+    window = getattr(model.config, "max_position_embeddings", None)
+    if window is not None and window < max_length:
+        raise UserError(f"model {name!r} takes {window} tokens, fewer than max_length {max_length}")
+    _check_head(model, name)
+    return model
+
+
+def width(model: PreTrainedModel) -> int:
+    """The width of its embedding output and hidden states."""
+    return model.config.get_text_config().hidden_size
+
+
+def lm_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of last hidden states [T, d]: the head, with its bias, and the scales that
+    configs name.
+
+    The attributes are those in use across transformers: `logit_scale` multiplies, `logits_scaling`
+    divides, `final_logit_softcapping` is the bound c of c tanh(logits / c).
+    """
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def body_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """`hidden_states` [B, L, d] of every stage, the embedding's first, without the head's
+    logits."""
+    output = model.base_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        output_hidden_states=True,
+        use_cache=False,
+        return_dict=True,
+    )
+    return output.hidden_states
+
+
+def pad_token_id(tokenizer: Tokenizer) -> int:
+    """An id to pad with, always masked: the tokenizer's own or, failing that, end-of-sequence."""
+    padding = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if padding is None else padding
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, name: str) -> None:
+    if model.get_output_embeddings() is None:
+        raise UserError(f"model {name!r} ({type(model).__name__}) has no language-model head")
+    ids = torch.arange(4)[None]
+    mask = torch.ones_like(ids)
+    try:
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        states = body_states(model, ids, mask)
+        actual = lm_logits(model, states[-1]).float()
+    except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"model {name!r} ({type(model).__name__}) does not give hidden states: "
+            f"{_first_line(error)}"
+        ) from None
+    precise = model.dtype == torch.float32
+    tolerance = (1e-4 if precise else 3e-2) * expected.abs().max().clamp(min=1e-3)
+    if actual.shape != expected.shape or not bool(((actual - expected).abs() <= tolerance).all()):
+        raise UserError(
+            f"model {name!r} ({type(model).__name__}): its logits are not its head applied to the "
+            "last hidden state"
+        )
+    widths = {state.shape[-1] for state in states}
+    if widths != {width(model)}:
+        raise UserError(
+            f"model {name!r} ({type(model).__name__}): its hidden states are {sorted(widths)} wide, "
+            f"its config says {width(model)}"
+        )
+
+
+def _first_line(error: Any) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,167 @@
+"""Tiny real models: two tokenizers trained on the spot, GPT-2 and Llama shapes, saved to folders.
+
+Everything goes through `from_pretrained` on these folders; nothing reaches for a network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+MAX_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Folders and files that every test may read and none may change."""
+
+    student: str  # GPT-2, byte-level BPE
+    teacher: str  # Llama, Unigram with Metaspace
+    sibling: str  # Llama, the student's tokenizer, a head padded by 8
+    train: str  # 12 rows, 8 of them with a rationale, 5 without an input
+    test: str  # 4 rows, lists of references
+
+
+def sample_rows(count: int) -> list[dict]:
+    """Rows of different lengths; two in three have a rationale, and some no input."""
+    rows = []
+    for i in range(count):
+        a, b = 3 + i, 11 - i % 5
+        row = {
+            "instruction": f"Add {a} and {b}." if i % 2 else f"What is the sum of {a} and {b}?",
+            "input": "" if i % 5 in (1, 3) else "Small numbers only. " * (1 + i % 3),
+            "output": f"The sum is {a + b}." if i % 3 else str(a + b),
+        }
+        if i % 3:
+            row["rationale"] = f"First take {a}. Then count {b} more, which gives {a + b}." + (
+                " So we are done." * (i % 4)
+            )
+        rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """JSON Lines; returns the path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def _corpus() -> list[str]:
+    from cot2align.train.data import PROMPT_FORMATS
+
+    rows = [value for row in sample_rows(40) for value in row.values()]
+    templates = [vars(prompts) for prompts in PROMPT_FORMATS.values()]
+    return rows + [text for template in templates for text in template.values()]
+
+
+def byte_level_bpe():
+    """GPT-2's kind of tokenizer, 400 pieces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def unigram():
+    """SentencePiece's kind of tokenizer, with a beginning-of-sequence token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+def save_gpt2(folder: Path, tokenizer) -> str:
+    """A GPT-2 of 40k parameters, no dropout, with its tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=MAX_LENGTH,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_llama(folder: Path, tokenizer, extra_vocabulary: int = 0) -> str:
+    """A Llama of 50k parameters with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + extra_vocabulary,
+        max_position_embeddings=MAX_LENGTH,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Workspace:
+    folder = tmp_path_factory.mktemp("workspace")
+    bpe = byte_level_bpe()
+    test_rows = [{**row, "output": [row["output"], "No idea."]} for row in sample_rows(4)]
+    return Workspace(
+        student=save_gpt2(folder / "student", bpe),
+        teacher=save_llama(folder / "teacher", unigram()),
+        sibling=save_llama(folder / "sibling", bpe, extra_vocabulary=8),
+        train=write_rows(folder / "train.jsonl", sample_rows(12)),
+        test=write_rows(folder / "test.jsonl", test_rows),
+    )
