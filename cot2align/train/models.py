@@ -147,8 +147,8 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     widths = {state.shape[-1] for state in states}
     if widths != {width(model)}:
         raise UserError(
-            f"model {name!r} ({type(model).__name__}): its hidden states are {sorted(widths)} wide, "
-            f"its config says {width(model)}"
+            f"model {name!r} ({type(model).__name__}): its hidden states are {sorted(widths)} "
+            f"wide, its config says {width(model)}"
         )
 
 
