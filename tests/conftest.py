@@ -153,6 +153,43 @@ def save_llama(folder: Path, tokenizer, extra_vocabulary: int = 0) -> str:
     return str(folder)
 
 
+def cli(command: str, **settings) -> int:
+    """Run a command in this process on the CPU; returns the exit code."""
+    from cot2align.train.__main__ import main
+
+    return main([command, *options(device="cpu", **settings)])
+
+
+def options(**settings) -> list[str]:
+    """Settings as command-line words."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def log_of(output) -> list[dict]:
+    """The training entries of a run's metrics.jsonl."""
+    lines = (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.fixture
+def distill_settings(workspace) -> dict:
+    """Three optimizer steps of four rows from Llama to GPT-2, every one of them logged."""
+    return {
+        "student": workspace.student,
+        "teacher": workspace.teacher,
+        "train": workspace.train,
+        "max_length": MAX_LENGTH,
+        "max_prompt_length": 160,
+        "batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_steps": 100,
+        # With a tolerance, a rounding error can add or save an iteration.
+        "sinkhorn_iterations": 20,
+        "sinkhorn_tolerance": 0,
+    }
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Workspace:
     folder = tmp_path_factory.mktemp("workspace")
