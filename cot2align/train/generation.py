@@ -101,4 +101,7 @@ class Generator:
 
     def _text(self, ids: list[int], ends: list[int]) -> str:
         stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        return str(self.tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
+        text = self.tokenizer.decode(
+            ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text).strip()

@@ -26,7 +26,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
-        raise UserError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"tokenizer of {name!r} cannot be loaded: {_one_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast tokenizer "
@@ -60,7 +60,7 @@ def load_model(
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"model {name!r} cannot be loaded: {_one_line(error)}") from None
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -135,7 +135,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     except (AttributeError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
             f"model {name!r} ({type(model).__name__}) does not give hidden states: "
-            f"{_first_line(error)}"
+            f"{_one_line(error)}"
         ) from None
     precise = model.dtype == torch.float32
     tolerance = (1e-4 if precise else 3e-2) * expected.abs().max().clamp(min=1e-3)
@@ -152,6 +152,6 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _first_line(error: Any) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _one_line(error: Any) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.conftest import cli, log_of, options
 
 ROOT = Path(__file__).resolve().parents[2]
