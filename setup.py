@@ -59,16 +59,16 @@ def find_cxx() -> str:
     sys.exit(f"cot2align: {missing}: install one, or set COT2ALIGN_NATIVE=0 for pure Python")
 
 
-def find_nvcc() -> str | None:
+def find_nvcc() -> tuple[str | None, str]:
+    """The CUDA compiler, or None and why: CUDA_HOME goes before PATH."""
     home, wanted = os.environ.get("CUDA_HOME"), setting("COT2ALIGN_CUDA", "auto", "1", "0")
+    if wanted == "0":
+        return None, "COT2ALIGN_CUDA=0"
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
-    missing = f"no nvcc in CUDA_HOME={home}" if home else "no nvcc on PATH and no CUDA_HOME"
+    why = f"no nvcc in CUDA_HOME={home}" if home else "no nvcc on PATH and no CUDA_HOME"
     if wanted == "1" and nvcc is None:
-        sys.exit(f"cot2align: {missing}, but COT2ALIGN_CUDA=1")
-    if wanted == "0" or nvcc is None:
-        print(f"cot2align: {'COT2ALIGN_CUDA=0' if wanted == '0' else missing}: CPU part only")
-        return None
-    return nvcc
+        sys.exit(f"cot2align: {why}, but COT2ALIGN_CUDA=1")
+    return nvcc, why
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -104,8 +104,10 @@ def build_ninja(folder: Path, version: str) -> str:
     """The way from csrc/ to folder/_native.so, for ninja in the root."""
     import pybind11
 
-    cxx, nvcc = find_cxx(), find_nvcc()
+    cxx, (nvcc, why_not) = find_cxx(), find_nvcc()
     openmp = openmp_flag(cxx)
+    if nvcc is None:
+        print(f"cot2align: {why_not}: CPU part only")
     archs = cuda_archs(nvcc) if nvcc else []
     headers = folder / f"pybind11-{pybind11.__version__}"
     if not headers.exists():  # the copy's path outlives an isolated build, so ninja sees no change
@@ -165,6 +167,9 @@ class NinjaBuild(build_ext):
 
 
 native = setting("COT2ALIGN_NATIVE", "1", "0") == "1"
+if native and "dist_info" in sys.argv:  # pip asks for this before it fetches what we depend on
+    find_cxx()
+    find_nvcc()
 setup(
     ext_modules=[Extension("cot2align.kernels._native", sources=[])] if native else [],
     cmdclass={"build_ext": NinjaBuild},

@@ -148,6 +148,12 @@ def test_what_cannot_be_built_fails_in_one_line(
     assert_one_line(build(tree, **env), *words)
 
 
+def test_a_missing_compiler_is_said_before_anything_is_fetched(tree: Path) -> None:
+    done = hook(tree, "prepare_metadata_for_build_wheel", {"PATH": "/nowhere"})
+    assert_one_line(done, "COT2ALIGN_NATIVE=0")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_an_unknown_architecture_fails_in_one_line(tree: Path, compiler: Path) -> None:
     env = {"CXX": str(compiler), "CUDA_HOME": str(compiler.parents[1])}
     assert_one_line(build(tree, **env, TORCH_CUDA_ARCH_LIST="8.0;Hopper"), "Hopper", "9.0")
