@@ -21,7 +21,7 @@ help:
 
 $(BIN)/python:
 	@echo "== making a virtual environment in $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "== installing torch ($$(grep '^torch==' constraints.txt))"
@@ -31,6 +31,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(VENV)/.torch
 	@echo "== installing cot2align with the pinned versions of constraints.txt, compiling csrc/"
 	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m cot2align.doctor | sed -n '/^Built/,/^$$/p'
 	@touch $@
 
 demo: $(STAMP)
