@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +88,10 @@ def unigram():
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=200,
+        vocab_size=260,
         special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
         unk_token="<unk>",
+        initial_alphabet=list(string.printable),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(), trainer)

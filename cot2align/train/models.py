@@ -154,4 +154,4 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
 
 def _one_line(error: Any) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return text if len(text) <= 600 else text[:597] + "..."

@@ -19,7 +19,8 @@ HEAD_MASS = 0.5
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum p log(p / q)."""
-    return _cross(log_p, log_p) - _cross(log_p, log_q)
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -68,11 +69,6 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         adaptive_kl,
     )
 }
-
-
-def _cross(log_a: Tensor, log_b: Tensor) -> Tensor:
-    a = log_a.exp()
-    return (a * torch.where(a > 0, log_b, 0.0)).sum(-1)
 
 
 def _log_mix(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -1,0 +1,348 @@
+"""Every loss against a few direct lines in float64, from the models' own outputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cot2align.kernels.ot_loss import OTSettings
+from cot2align.kernels.reference import fused_ot_loss
+from cot2align.train import token_states as token_states_module
+from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.distiller import Distiller
+from cot2align.train.losses.cross_cot import CrossCoT, text_pairs
+from cot2align.train.losses.cross_entropy import cross_entropy
+from cot2align.train.losses.divergences import DIVERGENCES
+from cot2align.train.losses.kl import kl
+from cot2align.train.models import load_model, load_tokenizer
+from cot2align.train.token_states import token_states
+from tests.conftest import MAX_LENGTH
+
+LAYERS = ("embed", "last", "1")
+
+
+class Pair:
+    """Two loaded models and a batch of five rows, three of them with a rationale."""
+
+    def __init__(self, student: str, teacher: str, train: str, tokens: str = "response"):
+        names = {"student": student, "teacher": teacher}
+        tokenizers = {side: load_tokenizer(name) for side, name in names.items()}
+        self.models = {
+            side: load_model(name, tokenizers[side], dtype="float32", max_length=MAX_LENGTH)
+            for side, name in names.items()
+        }
+        self.encoders = {
+            side: TextEncoder(
+                tokenizer, prompt_format="alpaca", max_length=MAX_LENGTH, max_prompt_length=160
+            )
+            for side, tokenizer in tokenizers.items()
+        }
+        self.examples, _ = encode_rows(read_rows(train)[:5], **self.encoders)
+        self.batch = collate(self.examples, tokens)
+
+    def states(self, side: str):
+        return token_states(self.models[side], self.batch[side], LAYERS)
+
+    def per_text(self, side: str, tokens: str = "response") -> list[dict[str, Tensor]]:
+        """Every text alone, unpadded, through the whole model: states and logits, float64."""
+        outputs = []
+        for example in self.examples:
+            for pair in example.texts:
+                text = getattr(pair, side)
+                output = self.models[side](
+                    torch.tensor([text.ids]), output_hidden_states=True, use_cache=False
+                )
+                places = slice(text.prompt_length - 1, len(text.ids) - 1)
+                aligned = places if tokens == "response" else slice(None)
+                states = [layer[0].double() for layer in output.hidden_states]
+                outputs.append(
+                    {
+                        "embed": states[0][aligned],
+                        "1": states[1][aligned],
+                        "last": states[-1][aligned],
+                        "logits": output.logits[0, places].double(),
+                        "targets": torch.tensor(text.response_ids),
+                    }
+                )
+        return outputs
+
+
+@pytest.fixture(scope="module")
+def two_tokenizers(workspace) -> Pair:
+    return Pair(workspace.student, workspace.teacher, workspace.train)
+
+
+@pytest.fixture(scope="module")
+def one_tokenizer(workspace) -> Pair:
+    return Pair(workspace.student, workspace.sibling, workspace.train)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("tokens", ["response", "all"])
+def test_packed_states_are_those_of_each_text_alone(side, tokens, workspace) -> None:
+    pair = Pair(workspace.student, workspace.teacher, workspace.train, tokens)
+    states, texts = pair.states(side), pair.per_text(side, tokens)
+    for layer in LAYERS:
+        expected = torch.cat([text[layer] for text in texts])
+        torch.testing.assert_close(states.layers[layer].double(), expected, rtol=1e-4, atol=1e-5)
+    assert states.cu_seqlens.diff().tolist() == [len(text["last"]) for text in texts]
+    assert states.targets.tolist() == torch.cat([text["targets"] for text in texts]).tolist()
+    expected = torch.cat([text["logits"] for text in texts])
+    logits = states.head(states.hidden)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
+    assert states.vocabulary == logits.shape[1]
+
+
+def test_cross_entropy(two_tokenizers) -> None:
+    texts = two_tokenizers.per_text("student")
+    expected = sum(
+        -text["logits"].log_softmax(-1)[range(len(text["targets"])), text["targets"]].sum()
+        for text in texts
+    )
+    actual = cross_entropy(two_tokenizers.states("student"))
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_chunks_change_nothing(one_tokenizer, monkeypatch) -> None:
+    pair = one_tokenizer
+
+    def losses_and_gradients() -> list[Tensor]:
+        student, teacher = pair.states("student"), pair.states("teacher")
+        terms = [cross_entropy(student), kl(student, teacher, "js", 2.0)]
+        parameters = list(pair.models["student"].parameters())
+        # Twice through the same graph, as the gradient diagnostics do.
+        torch.autograd.grad(sum(terms), student.hidden, retain_graph=True)
+        return [*terms, *torch.autograd.grad(sum(terms), parameters)]
+
+    whole = losses_and_gradients()
+    made = []
+    head = token_states_module.lm_logits
+    monkeypatch.setattr(
+        token_states_module, "lm_logits", lambda m, h: made.append(len(h)) or head(m, h)
+    )
+    monkeypatch.setattr(token_states_module, "LOGITS_PER_CHUNK", 800 * 7)
+    chunked = losses_and_gradients()
+    assert max(made) == 14
+    for ours, theirs in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def direct_divergence(name: str, p: Tensor, q: Tensor) -> Tensor:
+    """[V], [V] -> scalar, by the definitions."""
+
+    def divergence(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum()
+
+    if name == "forward_kl":
+        return divergence(p, q)
+    if name == "reverse_kl":
+        return divergence(q, p)
+    if name == "js":
+        return (divergence(p, (p + q) / 2) + divergence(q, (p + q) / 2)) / 2
+    if name == "skewed_forward_kl":
+        return divergence(p, 0.1 * p + 0.9 * q)
+    if name == "skewed_reverse_kl":
+        return divergence(q, 0.9 * q + 0.1 * p)
+    order = p.argsort(descending=True)
+    size = int((p[order].cumsum(0) < 0.5).sum()) + 1
+    gap = (p - q).abs()[order]
+    head = gap[:size].sum() / gap.sum()
+    return head * divergence(p, q) + (1 - head) * divergence(q, p)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_kl(name, one_tokenizer) -> None:
+    total = 0.0
+    width = one_tokenizer.models["student"].config.vocab_size
+    students, teachers = one_tokenizer.per_text("student"), one_tokenizer.per_text("teacher")
+    for ours, theirs in zip(students, teachers, strict=True):
+        q = (ours["logits"] / 2).softmax(-1)
+        p = (theirs["logits"][:, :width] / 2).softmax(-1)
+        total += sum(direct_divergence(name, a, b).item() for a, b in zip(p, q, strict=True))
+    states = one_tokenizer.states("student"), one_tokenizer.states("teacher")
+    assert kl(*states, name, 2.0).item() == pytest.approx(total, rel=2e-5)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences_have_exact_gradients_and_vanish_at_equality(name) -> None:
+    torch.manual_seed(0)
+    p = torch.randn(3, 9, dtype=torch.float64).log_softmax(-1)
+    logits = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+
+    def of_logits(x: Tensor) -> Tensor:
+        return DIVERGENCES[name](p, x.log_softmax(-1))
+
+    if name != "adaptive_kl":  # its weight is a constant of the gradient, not of the value
+        assert torch.autograd.gradcheck(of_logits, logits)
+    assert DIVERGENCES[name](p, p).abs().max() < 1e-12
+    # A teacher that rules a token out exactly.
+    sure = torch.tensor([[0.0, -math.inf]], requires_grad=False)
+    even = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
+    if name not in ("reverse_kl", "adaptive_kl"):
+        value = DIVERGENCES[name](sure, even)
+        (gradient,) = torch.autograd.grad(value.sum(), even)
+        assert value.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def direct_cross_cot(pair: Pair, cross_cot: CrossCoT, students, teachers) -> dict[str, Tensor]:
+    """Sums over rows of the OT losses by term, layer by layer, by the float64 reference."""
+    totals = {"cst": torch.zeros((), dtype=torch.float64), "crc": torch.zeros(()).double()}
+    projections = [p.double() for p in cross_cot.projections]
+    settings = cross_cot.settings
+    texts = {}
+    kinds = zip(pair.batch["text_rows"], pair.batch["text_is_cot"], strict=True)
+    for index, (row, is_cot) in enumerate(kinds):
+        texts[row, is_cot] = index
+    for row in range(pair.batch["num_rows"]):
+        formats = [c for c in (False, True) if (row, c) in texts]
+        for ours in formats:
+            for theirs in formats:
+                for number, layer in enumerate(cross_cot.layers):
+                    x = students[texts[row, ours]][layer]
+                    y = teachers[texts[row, theirs]][layer]
+                    if cross_cot.norm == "rms":
+                        x = x / x.square().mean(-1, keepdim=True).sqrt()
+                        y = y / y.square().mean(-1, keepdim=True).sqrt()
+                    loss = fused_ot_loss(
+                        x[None],
+                        y[None],
+                        projections[number if len(projections) > 1 else 0],
+                        epsilon=settings.epsilon,
+                        num_iters=settings.num_iters,
+                        tol=settings.tol,
+                    )
+                    name = "cst" if ours == theirs else "crc"
+                    totals[name] = totals[name] + loss
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("terms", "norm", "per_layer"),
+    [
+        (("cst", "crc"), "none", False),
+        (("cst",), "rms", True),
+        (("crc",), "rms", False),
+    ],
+)
+def test_cross_cot(terms, norm, per_layer, two_tokenizers) -> None:
+    pair = two_tokenizers
+    torch.manual_seed(3)
+    cross_cot = CrossCoT(
+        32,
+        48,
+        terms=terms,
+        layers=LAYERS,
+        norm=norm,
+        per_layer=per_layer,
+        settings=OTSettings(epsilon=0.1, num_iters=20, tol=0.0),
+    )
+    student, teacher = pair.states("student"), pair.states("teacher")
+    batch = pair.batch
+    actual = cross_cot(student, teacher, batch["text_rows"], batch["text_is_cot"], 7)
+    students, teachers = pair.per_text("student"), pair.per_text("teacher")
+    direct = direct_cross_cot(pair, cross_cot, students, teachers)
+    expected = sum(direct[name] for name in terms) / 7
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name in ("cst", "crc"):
+        value = direct[name].item() / 7 if name in terms else 0.0
+        assert actual.parts[f"ot/{name}"].item() == pytest.approx(value, rel=1e-5)
+
+    parameters = [*cross_cot.parameters(), pair.models["student"].get_input_embeddings().weight]
+    ours = torch.autograd.grad(actual.total, parameters)
+    theirs = torch.autograd.grad(expected, parameters)
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert (gradient - exact).norm() <= 2e-4 * exact.norm()
+        assert exact.norm() > 0
+
+
+def test_signals(two_tokenizers) -> None:
+    pair = two_tokenizers
+    cross_cot = CrossCoT(
+        32, 48, terms=("cst", "crc"), layers=("last",), norm="rms", per_layer=False,
+        settings=OTSettings(epsilon=0.1, num_iters=20, tol=0.0),
+    )  # fmt: skip
+    batch = pair.batch
+    metrics = cross_cot(
+        pair.states("student"), pair.states("teacher"), batch["text_rows"], batch["text_is_cot"], 5
+    ).metrics
+    students, teachers = pair.per_text("student"), pair.per_text("teacher")
+    texts = list(zip(batch["text_rows"], batch["text_is_cot"], strict=True))
+    for kind, ours, theirs in (("std-std", False, False), ("std-cot", False, True)):
+        signals, shares = [], []
+        for (row, is_cot), student in zip(texts, students, strict=True):
+            if is_cot != ours or (row, theirs) not in texts:
+                continue
+            x, y = student["last"], teachers[texts.index((row, theirs))]["last"]
+            n, m = len(x), len(y)
+            x, y = (z / z.square().mean(-1, keepdim=True).sqrt() for z in (x, y))
+            loss = fused_ot_loss(
+                x[None], y[None], cross_cot.projections[0].double(), num_iters=20, tol=0.0
+            )
+            signals.append((1 - 1 / m - loss).item())
+            shares.append(signals[-1] / (min(1, n / m) - 1 / m))
+        total, count = metrics[f"ot/signal/last/{kind}"].tolist()
+        assert count == len(signals)
+        assert total / count == pytest.approx(sum(signals) / count, rel=1e-3, abs=1e-6)
+        total, count = metrics[f"ot/relative_signal/last/{kind}"].tolist()
+        assert total / count == pytest.approx(sum(shares) / count, rel=1e-3, abs=1e-6)
+    assert metrics["ot/iterations"].tolist() == [20.0 * 14, 14.0]
+
+
+def test_pairs_of_rows_with_and_without_a_rationale() -> None:
+    rows, is_cot = [0, 1, 1], [False, False, True]
+    std_std, cot_cot, std_cot, cot_std = range(4)
+    same = [((0, 0), std_std), ((1, 1), std_std), ((2, 2), cot_cot)]
+    crossed = [((1, 2), std_cot), ((2, 1), cot_std)]
+    assert sorted(text_pairs(rows, is_cot, ("cst",))) == sorted(same)
+    assert sorted(text_pairs(rows, is_cot, ("crc",))) == sorted(crossed)
+    assert len(text_pairs(rows, is_cot, ("cst", "crc"))) == 5
+
+
+def test_no_pair_at_all_is_a_connected_zero(two_tokenizers) -> None:
+    pair = two_tokenizers
+    settings = OTSettings(num_iters=5)
+    cross_cot = CrossCoT(
+        32, 48, terms=("crc",), layers=("last",), norm="none", per_layer=False, settings=settings
+    )
+    batch = collate(pair.examples[:1])  # its only row has no rationale
+    student = token_states(pair.models["student"], batch["student"], ("last",))
+    teacher = token_states(pair.models["teacher"], batch["teacher"], ("last",))
+    result = cross_cot(student, teacher, batch["text_rows"], batch["text_is_cot"], 1)
+    assert result.total.item() == 0
+    (gradient,) = torch.autograd.grad(result.total, cross_cot.parameters())
+    assert gradient.abs().max() == 0
+
+
+def test_objective_is_equation_16(one_tokenizer) -> None:
+    pair = one_tokenizer
+    cross_cot = CrossCoT(
+        32, 48, terms=("cst", "crc"), layers=("last",), norm="none", per_layer=False,
+        settings=OTSettings(num_iters=5, tol=0.0),
+    )  # fmt: skip
+    distiller = Distiller(
+        pair.models["student"],
+        pair.models["teacher"],
+        alpha=0.3,
+        ot_weight=0.25,
+        cross_cot=cross_cot,
+        kd="kl",
+    )
+    output = distiller(**pair.batch)
+    parts = output["parts"]
+    student, teacher = pair.states("student"), pair.states("teacher")
+    tokens = pair.batch["num_tokens"]
+    assert parts["ce"].item() == pytest.approx(cross_entropy(student).item() / tokens)
+    expected_kd = kl(student, teacher, "forward_kl", 2.0).item() / tokens
+    assert parts["kd"].item() == pytest.approx(expected_kd)
+    assert parts["ot"].item() == pytest.approx((parts["ot/cst"] + parts["ot/crc"]).item())
+    expected = 0.7 * parts["ce"] + 0.3 * (0.25 * parts["ot"] + parts["kd"])
+    assert output["loss"].item() == pytest.approx(expected.item())
+    output["loss"].backward()
+    assert all(p.grad is None for p in pair.models["teacher"].parameters())
+    assert all(p.grad is not None for p in distiller.student.parameters())
+    assert distiller.train().teacher.training is False
+    assert distiller.student.training is True
