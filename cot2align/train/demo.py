@@ -5,7 +5,7 @@ the steps as the rationale. Problems are held out by their first three numbers, 
 shares them with any training problem; every single step (3 plus 4) does occur in training.
 
 The chain is what a user would run: data files, two tokenizers of different kinds, a Llama-shaped
-teacher and a GPT-2-shaped student in folders, and a YAML file for each command under `configs/`. The
+teacher and a GPT-2-shaped student in folders, a YAML file for each command under `configs/`. The
 teacher is fine-tuned on standard and chain-of-thought (CoT) texts. Three students begin at the same
 weights and take the same number of steps: fine-tuned on the standard texts, fine-tuned on both, and
 distilled from the teacher on both. All are evaluated on the test problems under both prompts.
