@@ -1,0 +1,179 @@
+"""augment and evaluate: resumable, the same on every run, scored by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cot2align.train.augment import rationale_of
+from cot2align.train.config import EvaluateConfig, build
+from cot2align.train.data import read_rows
+from cot2align.train.evaluate import answer_of, exact_match, rouge_l, run
+from cot2align.train.generation import Generator
+from tests.conftest import cli, options, sample_rows, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def augment_settings(workspace, tmp_path) -> dict:
+    """Forty rows in batches of two: long enough to be killed on the way."""
+    rows = [{**row, "id": f"row-{i}", "extra": i} for i, row in enumerate(sample_rows(40))]
+    for row in rows:
+        row.pop("rationale", None)
+    return {
+        "model": workspace.teacher,
+        "data": write_rows(tmp_path / "rows.jsonl", rows),
+        "max_length": 256,
+        "max_new_tokens": 40,
+        "batch_size": 2,
+    }
+
+
+def test_augment_keeps_every_row_in_order(augment_settings, tmp_path, capsys) -> None:
+    output = tmp_path / "out.jsonl"
+    assert cli("augment", output=output, **augment_settings) == 0
+    rows = read_rows(augment_settings["data"])
+    augmented = read_rows(str(output))
+    assert [row.id for row in augmented] == [row.id for row in rows]
+    for row, source in zip(augmented, rows, strict=True):
+        kept = {name: row.fields[name] for name in source.fields}
+        assert kept == source.fields
+        assert set(row.fields) == {*source.fields, "rationale"}
+    written = sum(bool(row.rationale) for row in augmented)
+    assert written >= 30
+    assert f"{written} rationales for 40 rows, {40 - written} came out empty" in (
+        capsys.readouterr().out
+    )
+
+
+def test_augment_killed_and_resumed_equals_the_unbroken_run(augment_settings, tmp_path) -> None:
+    assert cli("augment", output=tmp_path / "unbroken.jsonl", **augment_settings) == 0
+    output = tmp_path / "out.jsonl"
+    words = options(output=output, device="cpu", **augment_settings)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cot2align.train", "augment", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    while not output.exists() or output.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = output.read_bytes().count(b"\n")
+    assert 3 <= lines < 40
+    with output.open("ab") as file:
+        file.write(b'{"instruction": "torn')
+    assert cli("augment", output=output, **augment_settings) == 2  # not without being asked
+    assert cli("augment", output=output, resume="true", **augment_settings) == 0
+    assert output.read_text() == (tmp_path / "unbroken.jsonl").read_text()
+    # Once more: nothing is left to do.
+    assert cli("augment", output=output, resume="true", **augment_settings) == 0
+    assert output.read_text() == (tmp_path / "unbroken.jsonl").read_text()
+
+
+def test_augment_refuses_the_file_of_another_run(augment_settings, tmp_path, capsys) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [{**sample_rows(1)[0], "id": "elsewhere"}])
+    assert cli("augment", output=other, resume="true", **augment_settings) == 2
+    assert "other.jsonl:1: row 'elsewhere'" in capsys.readouterr().err
+
+
+def test_augment_only_rows_with_an_input(augment_settings, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    settings = {**augment_settings, "only_with_input": "true"}
+    assert cli("augment", output=output, **settings) == 0
+    assert not any(row.rationale for row in read_rows(str(output)) if not row.input)
+    assert any(row.rationale for row in read_rows(str(output)) if row.input)
+
+
+@pytest.mark.parametrize(
+    ("text", "rationale"),
+    [
+        ("Two and two.\nTherefore, the answer is: 4", "Two and two."),
+        ("Two.\n THEREFORE, THE ANSWER IS: 4\nTherefore, the answer is: 5", "Two."),
+        ("Two and two make four.", "Two and two make four."),
+        ("Therefore, the answer is: 4", ""),
+    ],
+)
+def test_rationale_is_what_stands_before_the_answer(text, rationale) -> None:
+    assert rationale_of(text) == rationale
+
+
+def test_answers_and_scores() -> None:
+    assert answer_of(" The sum is 4. ", is_cot=False) == "The sum is 4."
+    assert answer_of("So.\nTherefore, the answer is: 3. No, the answer is: 4", is_cot=True) == "4"
+    assert answer_of("I do not know.", is_cot=True) == "I do not know."
+    assert exact_match("the  Sum is 4", ["5", "The sum is 4"]) == 100
+    assert exact_match("the sum is 45", ["5", "The sum is 4"]) == 0
+    # Two of three words on one side, two of four on the other: F = 2 * (2/3 * 1/2) / (2/3 + 1/2).
+    assert rouge_l("sums were four", ["nothing", "sum is were right"]) == pytest.approx(400 / 7)
+
+
+@pytest.fixture
+def generator(workspace) -> Generator:
+    settings = {"data": workspace.test, "output": "unused", "device": "cpu"}
+    limits = {"max_length": 256, "max_new_tokens": 24, "batch_size": 3}
+    return Generator(build(EvaluateConfig, {"model": workspace.teacher, **settings, **limits}))
+
+
+def test_batched_greedy_text_is_that_of_each_row_alone(generator, workspace) -> None:
+    prompts, _ = generator.prompts(read_rows(workspace.test), is_cot=True)
+    lengths = [len(prompts[i]) for batch in generator.batches(prompts) for i in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 1
+    alone = [generator.generate([prompt], seed=None)[0] for prompt in prompts]
+    assert generator.generate(prompts, seed=None) == alone
+
+
+def test_sampling_follows_its_seed(generator, workspace) -> None:
+    prompts, _ = generator.prompts(read_rows(workspace.test), is_cot=False)
+    first = generator.generate(prompts, seed=1)
+    assert generator.generate(prompts, seed=2) != first
+    assert generator.generate(prompts, seed=1) == first
+
+
+def test_generation_overrules_the_defaults_of_a_model(generator, workspace) -> None:
+    prompts, _ = generator.prompts(read_rows(workspace.test), is_cot=False)
+    sampled = generator.generate(prompts, seed=1)
+    defaults = {"top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0, "do_sample": True}
+    for name, value in defaults.items():
+        setattr(generator.model.generation_config, name, value)
+    assert generator.generate(prompts, seed=1) == sampled
+
+
+def test_evaluate(workspace, tmp_path) -> None:
+    settings = {
+        "model": workspace.student,
+        "data": workspace.train,
+        "output": str(tmp_path / "results"),
+        "prompts": ["standard", "cot"],
+        "seeds": [10, 20],
+        "max_length": 256,
+        "max_new_tokens": 16,
+        "batch_size": 5,
+    }
+    results = run(build(EvaluateConfig, {**settings, "device": "cpu"}))
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == results
+    lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert len(predictions) == 2 * 2 * 12
+    for prompt in ("standard", "cot"):
+        means = []
+        for seed in (10, 20):
+            run_ = [p for p in predictions if (p["prompt"], p["seed"]) == (prompt, seed)]
+            assert [p["id"] for p in run_] == [str(i) for i in range(12)]
+            means.append(sum(p["rouge_l"] for p in run_) / 12)
+        assert results[prompt]["rouge_l"] == pytest.approx(sum(means) / 2)
+        spread = abs(means[0] - means[1]) / 2**0.5
+        assert results[prompt]["rouge_l_std"] == pytest.approx(spread)
+        assert 5 < results[prompt]["loss"] < 8
+    assert cli("evaluate", **{k: v for k, v in settings.items() if isinstance(v, str)}) == 2
