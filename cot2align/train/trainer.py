@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
-from cot2align.kernels.ot_loss import OTSettings
+from cot2align.kernels.ot_loss import OTSettings, choose_backend
 from cot2align.train.config import DistillConfig, SFTConfig, TrainConfig, UserError, to_yaml
 from cot2align.train.data import Example, TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.distiller import Distiller
@@ -72,6 +72,8 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     else:
         student_tokenizer = load(config.model)
     arguments = training_arguments(config)
+    if isinstance(config, DistillConfig):
+        _check_backend(config, arguments.device)
 
     encode = partial(
         encode_rows,
@@ -228,7 +230,7 @@ class DistillTrainer(Trainer):
         eval_dataset: Sequence[Example] | None = None,
     ):
         self.config = config
-        self.tokenizer = tokenizer
+        self.student_tokenizer = tokenizer
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         self._steps = 0
@@ -242,7 +244,7 @@ class DistillTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), LastStep()],
+            callbacks=[MetricsFile(), LogCheckpoints()],
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(Progress())
@@ -349,10 +351,12 @@ class DistillTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.config.output)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.student.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.student_tokenizer.save_pretrained(folder)
         projections = self.model.projection_parameters()
         if projections:
             tensors = {name: p.detach().contiguous().cpu() for name, p in projections.items()}
@@ -374,7 +378,10 @@ class DistillTrainer(Trainer):
 
     def _next_step_is_logged(self) -> bool:
         step = self.state.global_step + 1
-        return step in (1, self.state.max_steps) or step % self.args.logging_steps == 0
+        return step in (1, self.state.max_steps) or 0 in (
+            step % self.args.logging_steps,
+            step % self.args.save_steps,
+        )
 
     def _drain(self) -> dict[str, float]:
         names = [*self._parts, *self._metrics]
@@ -427,12 +434,12 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
-class LastStep(TrainerCallback):
-    """Logs the last step, wherever it falls."""
+class LogCheckpoints(TrainerCallback):
+    """Logs the last step and every checkpoint's: a resumed run begins where a log entry ends."""
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        """Ask for a log entry after the last step."""
-        if state.global_step >= state.max_steps:
+        """Ask for a log entry where Trainer's own schedule has none."""
+        if state.global_step >= state.max_steps or state.global_step % args.save_steps == 0:
             control.should_log = True
 
 
@@ -442,12 +449,26 @@ def _open_output(config: TrainConfig, main_process: bool) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {config.output} is a file, expected a folder")
     if config.resume:
-        return get_last_checkpoint(config.output) if folder.is_dir() else None
+        return _last_checkpoint(folder)
     if main_process and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"output folder {config.output} is not empty; choose another, or --resume to continue"
         )
     return None
+
+
+def _check_backend(config: DistillConfig, device: torch.device) -> None:
+    try:
+        choose_backend(config.ot_backend, torch.empty(0, device=device))
+    except ValueError as error:
+        raise UserError(f"setting 'ot_backend': {error}") from None
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    # trainer_state.json is written last: without it the checkpoint was cut short.
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return None if newest is None else str(newest)
 
 
 def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:

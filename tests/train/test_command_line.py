@@ -224,6 +224,10 @@ def test_several_gpus_in_one_process(distill, monkeypatch) -> None:
     assert "2 GPUs in one process: start one process each" in distill()
 
 
+def test_backend_of_another_device(distill) -> None:
+    assert "setting 'ot_backend': backend 'triton' cannot serve cpu" in distill(ot_backend="triton")
+
+
 def test_only_cot_without_rationales(distill, tmp_path) -> None:
     rows = [{"instruction": "a", "output": "b"}]
     train = write_rows(tmp_path / "plain.jsonl", rows)
