@@ -290,3 +290,14 @@ def test_sample_rows_mix_what_the_tests_rely_on() -> None:
     rows = sample_rows(12)
     assert sum("rationale" in row for row in rows) == 8
     assert sum(not row["input"] for row in rows) == 5
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: path.name)
+def test_recipes_are_configs_of_the_command_that_names_them(path) -> None:
+    classes = {
+        "sft": SFTConfig,
+        "augment": AugmentConfig,
+        "distill": DistillConfig,
+        "evaluate": EvaluateConfig,
+    }
+    config_module.from_sources(classes[path.stem], str(path), {})
