@@ -76,8 +76,12 @@ def cuda_archs(nvcc: str) -> list[str]:
     asked = re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if bad := [arch for arch in asked if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]:
         sys.exit(f"cot2align: TORCH_CUDA_ARCH_LIST: {bad[0]} is not like 9.0, 9.0a or 9.0+PTX")
-    known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     ours = [arch for arch in ("8.0", "9.0", "10.0") if "compute_" + arch.replace(".", "") in known]
+    if not (asked or ours):
+        sys.exit(
+            f"cot2align: {nvcc} knows none of 8.0, 9.0, 10.0: take another, or COT2ALIGN_CUDA=0"
+        )
     return asked or [*ours[:-1], ours[-1] + "+PTX"]
 
 

@@ -110,20 +110,20 @@ def _cuda_version(number: int) -> str | None:
 
 def backends(facts: Facts) -> list[Facts]:
     """For the CPU and each CUDA device: the backend that `backend=None` takes there, and why."""
-    build = facts["native"]["build"]
-    if facts["torch"]["error"]:
-        cpu = ("none", "PyTorch does not import")
-    elif build:
-        cpu = ("native", f"the compiled module is there ({build['instruction_set']})")
-    else:
-        cpu = ("reference", "the compiled module is not there")
-    chosen = [{"device": "cpu", "backend": cpu[0], "why": cpu[1]}]
-    for device in facts["devices"]:
-        if any(device["device"] == seen["device"] for seen in facts["torch"]["devices"]):
-            gpu = ("reference", "this version has no GPU kernel: plain PyTorch on the device")
+    seen = {"cpu", *(device["device"] for device in facts["torch"]["devices"])}
+    chosen = []
+    for device in ("cpu", *(device["device"] for device in facts["devices"])):
+        if facts["torch"]["error"]:
+            backend, why = "none", "PyTorch does not import"
+        elif facts["native"]["error"]:
+            backend, why = "none", "the compiled module does not load"
+        elif device not in seen:
+            backend, why = "none", "PyTorch does not see this device"
         else:
-            gpu = ("none", "PyTorch does not see this device")
-        chosen.append({"device": device["device"], "backend": gpu[0], "why": gpu[1]})
+            from cot2align.kernels.ot_loss import backend_for
+
+            backend, why = backend_for(device.split(":")[0])
+        chosen.append({"device": device, "backend": backend, "why": why})
     return chosen
 
 

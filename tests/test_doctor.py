@@ -135,6 +135,17 @@ def test_which_devices_an_architecture_covers(archs: str, capability: str, runs:
     assert doctor.covers(archs, capability) is runs
 
 
-def test_a_cpu_without_the_module_gets_the_reference() -> None:
-    assert machine(native__build=None)["backends"][0]["backend"] == "reference"
-    assert machine(torch__error="no")["backends"][0]["backend"] == "none"
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["native", "reference"]),
+        ({"torch__error": "No module named 'torch'"}, ["none", "none"]),
+        ({"native__error": "libgomp.so.1"}, ["none", "none"]),
+        ({"torch__devices": []}, ["native", "none"]),
+    ],
+)
+def test_each_device_gets_a_backend(changes: dict[str, Any], expected: list[str]) -> None:
+    chosen = machine(**changes)["backends"]
+    assert [entry["device"] for entry in chosen] == ["cpu", "cuda:0"]
+    assert [entry["backend"] for entry in chosen] == expected
+    assert all(entry["why"] for entry in chosen)
