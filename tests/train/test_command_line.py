@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,9 +51,15 @@ def distill(refused, distill_settings, tmp_path):
     return run
 
 
+def cpu_seconds_of_children() -> float:
+    """What finished subprocesses used; unlike the clock it does not count a busy machine."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_in_under_a_second(command: str) -> None:
-    start = time.perf_counter()
+    start = cpu_seconds_of_children()
     done = subprocess.run(
         [sys.executable, "-m", "cot2align.train", *([command] if command else []), "--help"],
         cwd=ROOT,
@@ -63,7 +69,7 @@ def test_help_in_under_a_second(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "usage: python -m cot2align.train" in done.stdout
-    assert time.perf_counter() - start < 1
+    assert cpu_seconds_of_children() - start < 1
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, AugmentConfig, DistillConfig, EvaluateConfig])
