@@ -1,0 +1,116 @@
+"""The compiled CPU kernels of csrc/, on tensors.
+
+The extension takes addresses and trusts them, so everything is checked here. It is built by `pip install`; where it
+is missing, `missing()` says why and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    _native = importlib.import_module("cot2align.kernels._native")
+except ModuleNotFoundError as error:
+    if error.name != "cot2align.kernels._native":
+        raise
+    _native = None
+
+
+def missing() -> str | None:
+    """None where the compiled kernels are there, else one sentence."""
+    if _native is not None:
+        return None
+    root = Path(__file__).parents[2]
+    if (root / "setup.py").exists():
+        return f"the native module is not built in {root}: run `pip install -e .` there"
+    return "cot2align was installed without its native part: reinstall with COT2ALIGN_NATIVE=1 and a C++ compiler"
+
+
+def instruction_sets() -> list[str]:
+    """The builds of the kernel that this CPU can run, the default first."""
+    return list(_native.instruction_sets()) if _native is not None else []
+
+
+def ot_loss(
+    x: Tensor,  # [tokens_x, dim] float32
+    z: Tensor,  # [tokens_z, dim] float32
+    segments_x: Tensor,  # [segments, 2] int64: first token, number of tokens
+    segments_z: Tensor,
+    pairs: Tensor,  # [problems, 2] int64
+    weights: Tensor,  # [problems] float32
+    *,
+    scale: float,
+    epsilon: float,
+    num_iters: int,
+    tol: float,
+    gradient: str,  # "none" | "unrolled" | "implicit" | "detached"
+    need_x: bool = False,
+    need_z: bool = False,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, num_iters, marginal_error [problems]; the gradients of sum(weights * loss) for x and z, else [0].
+
+    Raises ValueError for tensors that the kernel cannot take and RuntimeError where it was not built.
+    """
+    if _native is None:
+        raise RuntimeError(missing())
+    floats = {"x": x, "z": z, "weights": weights}
+    integers = {"segments_x": segments_x, "segments_z": segments_z, "pairs": pairs}
+    for dtype, group in ((torch.float32, floats), (torch.int64, integers)):
+        for name, tensor in group.items():
+            if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous {dtype} tensor on the CPU")
+    if x.dim() != 2 or z.dim() != 2 or x.shape[1] != z.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and z {tuple(z.shape)} must be [tokens, dim]")
+    if pairs.shape != (len(weights), 2):
+        raise ValueError(f"pairs must be [{len(weights)}, 2], got {tuple(pairs.shape)}")
+    for name, segments, tokens in (("segments_x", segments_x, x), ("segments_z", segments_z, z)):
+        if segments.dim() != 2 or segments.shape[1] != 2:
+            raise ValueError(f"{name} must be [segments, 2], got {tuple(segments.shape)}")
+        if len(segments) and (segments.min() < 0 or segments.sum(1).max() > len(tokens)):
+            raise ValueError(f"{name} leaves the {len(tokens)} tokens that there are")
+    if len(pairs) and (
+        pairs.min() < 0
+        or pairs[:, 0].max() >= len(segments_x)
+        or pairs[:, 1].max() >= len(segments_z)
+    ):
+        raise ValueError("pairs names a segment that is not there")
+    known = instruction_sets()
+    if isa is not None and isa not in known:
+        raise ValueError(f"isa must be one of {', '.join(known)}, got {isa!r}")
+
+    loss, marginal_error = x.new_empty(len(pairs)), x.new_empty(len(pairs))
+    iterations = torch.empty(len(pairs), dtype=torch.int32)
+    dx = torch.empty_like(x) if need_x and gradient != "none" else x.new_empty(0)
+    dz = torch.empty_like(z) if need_z and gradient != "none" else z.new_empty(0)
+    _native.ot_loss(
+        x.data_ptr(),
+        z.data_ptr(),
+        segments_x.data_ptr(),
+        segments_z.data_ptr(),
+        pairs.data_ptr(),
+        weights.data_ptr(),
+        tokens_x=len(x),
+        tokens_z=len(z),
+        count_x=len(segments_x),
+        count_z=len(segments_z),
+        count=len(pairs),
+        dim=x.shape[1],
+        scale=scale,
+        epsilon=epsilon,
+        tol=tol,
+        num_iters=num_iters,
+        gradient=gradient if need_x or need_z else "none",
+        num_threads=torch.get_num_threads(),
+        loss=loss.data_ptr(),
+        iterations=iterations.data_ptr(),
+        marginal_error=marginal_error.data_ptr(),
+        dx=dx.data_ptr(),
+        dz=dz.data_ptr(),
+        isa=isa or known[0],
+    )
+    return loss, iterations, marginal_error, dx, dz
