@@ -25,6 +25,7 @@ SHIPPED = (
 )
 COMPILER = """#!/bin/sh
 [ "$1" = --list-gpu-arch ] && { printf 'compute_80\\ncompute_90\\ncompute_120\\n'; exit; }
+case "$NO_OPENMP$*" in yes*-fopenmp*) exit 1 ;; esac
 while [ $# -gt 0 ]; do
   case $1 in -o) out=$2 ;; -MF) dep=$2 ;; -c) source=$2 ;; esac
   shift
@@ -190,6 +191,13 @@ def test_no_nvcc_is_said_once_and_leaves_the_cpu_part(tree: Path, compiler: Path
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no nvcc on PATH and no CUDA_HOME: CPU part only") == 1
     assert "device_query" not in edges(tree)
+
+
+def test_no_openmp_is_said_once_and_leaves_one_thread(tree: Path, compiler: Path) -> None:
+    done = build(tree, CXX=str(compiler), COT2ALIGN_CUDA="0", NO_OPENMP="yes")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("-fopenmp does not work: one thread only") == 1
+    assert "-fopenmp" not in edges(tree)
 
 
 def test_cuda_sources_are_built_for_what_nvcc_knows(tree: Path, compiler: Path) -> None:
