@@ -1,4 +1,4 @@
-"""CoT2Align: distil a language model into one with another tokenizer, by optimal-transport alignment.
+"""CoT2Align: distil a language model into one with another tokenizer by optimal transport.
 
 The names below are resolved on first use, so that importing the package (and the command line's
 ``--help``) does not load PyTorch.

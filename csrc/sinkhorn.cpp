@@ -698,7 +698,7 @@ class Solver {
             for (int64_t j = 0; j < m_; ++j)
                 if (c[j] > 0) next += residual[j] * residual[j] / c[j];
             if (step == 0) first_norm = next;
-            if (!(next > 1e-16 * first_norm)) break;
+            if (!(next > 1e-24 * first_norm)) break;
             const double beta = step == 0 ? 0 : next / norm;
             norm = next;
             for (int64_t j = 0; j < m_; ++j) direction[j] = beta * direction[j] + (c[j] > 0 ? residual[j] / c[j] : 0);

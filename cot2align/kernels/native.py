@@ -1,23 +1,28 @@
 """The compiled CPU kernels of csrc/, on tensors.
 
-The extension takes addresses and trusts them, so everything is checked here. It is built by `pip install`; where it
-is missing, `missing()` says why and what to do.
+The extension takes addresses and trusts them, so everything is checked here. It is built by `pip
+install`; where it is missing, `missing()` says why and what to do.
 """
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_native: Any
 try:
     _native = importlib.import_module("cot2align.kernels._native")
 except ModuleNotFoundError as error:
     if error.name != "cot2align.kernels._native":
         raise
     _native = None
+
+# The builds of the kernel that this CPU can run, the default first.
+INSTRUCTION_SETS: list[str] = [] if _native is None else _native.instruction_sets()
 
 
 def missing() -> str | None:
@@ -27,12 +32,10 @@ def missing() -> str | None:
     root = Path(__file__).parents[2]
     if (root / "setup.py").exists():
         return f"the native module is not built in {root}: run `pip install -e .` there"
-    return "cot2align was installed without its native part: reinstall with COT2ALIGN_NATIVE=1 and a C++ compiler"
-
-
-def instruction_sets() -> list[str]:
-    """The builds of the kernel that this CPU can run, the default first."""
-    return list(_native.instruction_sets()) if _native is not None else []
+    return (
+        "cot2align was installed without its native part: "
+        "reinstall with COT2ALIGN_NATIVE=1 and a C++ compiler"
+    )
 
 
 def ot_loss(
@@ -52,9 +55,11 @@ def ot_loss(
     need_z: bool = False,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, num_iters, marginal_error [problems]; the gradients of sum(weights * loss) for x and z, else [0].
+    """-> loss, num_iters, marginal_error [problems]; the gradients of sum(weights * loss) for x
+    and z, else [0].
 
-    Raises ValueError for tensors that the kernel cannot take and RuntimeError where it was not built.
+    Raises ValueError for tensors that the kernel cannot take and RuntimeError where it was not
+    built.
     """
     if _native is None:
         raise RuntimeError(missing())
@@ -79,9 +84,8 @@ def ot_loss(
         or pairs[:, 1].max() >= len(segments_z)
     ):
         raise ValueError("pairs names a segment that is not there")
-    known = instruction_sets()
-    if isa is not None and isa not in known:
-        raise ValueError(f"isa must be one of {', '.join(known)}, got {isa!r}")
+    if isa is not None and isa not in INSTRUCTION_SETS:
+        raise ValueError(f"isa must be one of {', '.join(INSTRUCTION_SETS)}, got {isa!r}")
 
     loss, marginal_error = x.new_empty(len(pairs)), x.new_empty(len(pairs))
     iterations = torch.empty(len(pairs), dtype=torch.int32)
@@ -111,6 +115,6 @@ def ot_loss(
         marginal_error=marginal_error.data_ptr(),
         dx=dx.data_ptr(),
         dz=dz.data_ptr(),
-        isa=isa or known[0],
+        isa=isa or INSTRUCTION_SETS[0],
     )
     return loss, iterations, marginal_error, dx, dz

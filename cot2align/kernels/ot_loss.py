@@ -1,11 +1,12 @@
 """The front door of the OT loss: checks, packing, choice of a backend, operators, public functions.
 
-Every form of the call ends in the same packed problem: tokens [tokens, width], segments (first token, number of
-tokens) on both sides, pairs of segments. Two custom operators solve it: `cot2align::ot_loss` (the losses) and
-`cot2align::ot_loss_gradient` (the losses, and the gradient of their weighted sum). The only gradient that comes from
-above is one scalar per problem, and for "mean" and "sum" the weights of the problems are known beforehand: so the
-forward pass computes the gradient while the matrix is in the cache, and the backward pass scales it. For "none" the
-weights arrive with the backward pass, which then solves again; no N x M matrix is ever kept.
+Every form of the call ends in the same packed problem: tokens [tokens, width], segments (first
+token, number of tokens) on both sides, pairs of segments. Two custom operators solve it:
+`cot2align::ot_loss` (the losses) and `cot2align::ot_loss_gradient` (the losses, and the gradient
+of their weighted sum). The only gradient that comes from above is one scalar per problem, and for
+"mean" and "sum" the weights of the problems are known beforehand: so the forward pass computes the
+gradient while the matrix is in the cache, and the backward pass scales it. For "none" the weights
+arrive with the backward pass, which then solves again; no N x M matrix is ever kept.
 
 The projection stays outside, in plain PyTorch, on whichever side makes the fewer operations.
 """
@@ -46,19 +47,22 @@ def fused_ot_loss(
         student: [B, N, d] float32, bfloat16 or float16 (float64: reference only).
         teacher: [B, M, D], on the same device; the dtypes may differ.
         projection: [D, d], `nn.Linear(D, d).weight.T`; None where D == d.
-        student_mask, teacher_mask: bool [B, N] and [B, M], True for a token that counts; None: all do.
+        student_mask, teacher_mask: bool [B, N] and [B, M], True for a token that counts; None: all
+            do.
         epsilon: entropic regularisation, 1/lambda of the paper.
         num_iters: Sinkhorn iterations at most.
         tol: a problem stops when the L1 error of its plan's column sums is at most this; 0 = never.
-        grad: "unrolled", the exact gradient of the iterations run; "implicit", at the fixed point; "detached", the
-            plan as a constant.
+        grad: "unrolled", the exact gradient of the iterations run; "implicit", at the fixed point;
+            "detached", the plan as a constant.
         reduction: "mean" over the problems that have tokens on both sides, "sum", or "none" -> [B].
         backend: None (the best for the device), "reference", "native", "triton" or "cuda".
 
-    Returns the loss as float32 (float64 for float64 inputs), differentiable once. A problem without tokens on a side
-    has loss 0 and gradient 0; NaN or infinity in a problem's tokens give NaN for that problem only.
+    Returns the loss as float32 (float64 for float64 inputs), differentiable once. A problem
+    without tokens on a side has loss 0 and gradient 0; NaN or infinity in a problem's tokens give
+    NaN for that problem only.
 
-    Raises ValueError or TypeError, naming the argument, for shapes, dtypes, devices and settings that do not fit.
+    Raises ValueError or TypeError, naming the argument, for shapes, dtypes, devices and settings
+    that do not fit.
     """
     settings = OTSettings(epsilon, num_iters, tol, grad, backend)
     _check_tokens(student, teacher, projection, "[B, tokens, width]")
@@ -86,8 +90,7 @@ def fused_ot_loss(
         pairs = torch.stack((segment, segment), dim=1)
         weights = None
         if reduction != "none":
-            valid = ((segments_x[:, 1] > 0) & (segments_y[:, 1] > 0)).float()
-            weights = valid / valid.sum().clamp(min=1) if reduction == "mean" else valid
+            weights = _reduction_weights(segments_x[:, 1], segments_y[:, 1], reduction)
         entries = batch * student.shape[1] * teacher.shape[1]
         terms = _solve(x, y, projection, segments_x, segments_y, pairs, weights, entries, settings)
     return terms.loss if weights is None else terms.total
@@ -113,11 +116,14 @@ def fused_ot_loss_varlen(
     """`fused_ot_loss` on packed texts of different lengths.
 
     Args:
-        student: [sum of the lengths, d]; teacher: [sum of the lengths, D]; projection as in `fused_ot_loss`.
-        cu_seqlens_student, cu_seqlens_teacher: int32 or int64 [segments + 1], where each segment begins and the last
-            one ends; on the CPU (then no value is ever read from the device) or on the tokens' device.
-        pairs: int [Q, 2]: problem q aligns student segment pairs[q, 0] with teacher segment pairs[q, 1]; None:
-            segment with segment. A token is projected once, however many problems it is in.
+        student: [sum of the lengths, d]; teacher: [sum of the lengths, D]; projection as in
+            `fused_ot_loss`.
+        cu_seqlens_student, cu_seqlens_teacher: int32 or int64 [segments + 1], where each segment
+            begins and the last one ends; on the CPU (then no value is ever read from the device)
+            or on the tokens' device.
+        pairs: int [Q, 2]: problem q aligns student segment pairs[q, 0] with teacher segment
+            pairs[q, 1]; None: segment with segment. A token is projected once, however many
+            problems it is in.
         max_seqlen_student, max_seqlen_teacher: bounds of the lengths, known on the host.
 
     Returns the loss, [Q] for `reduction="none"`. Raises as `fused_ot_loss` does.
@@ -139,7 +145,7 @@ def fused_ot_loss_varlen(
 
 
 class OTTerms(NamedTuple):
-    """total: sum of weights * loss, differentiable; loss, num_iters, marginal_error: [Q], detached."""
+    """total: the sum of weights * loss, differentiable; the rest [Q], detached."""
 
     total: Tensor
     loss: Tensor
@@ -160,7 +166,7 @@ def ot_loss_terms(
     max_seqlen_teacher: int | None = None,
     settings: OTSettings,
 ) -> OTTerms:
-    """`fused_ot_loss_varlen` with a weight for each problem, [Q], and with what a training log wants to know."""
+    """`fused_ot_loss_varlen` with a weight for each problem, [Q], and what a log wants to know."""
     terms = _varlen(
         student,
         teacher,
@@ -185,10 +191,11 @@ def sinkhorn_plan(
     num_iters: int = 100,
     tol: float = 1e-6,
 ) -> OTPlan:
-    """The transport plan itself, for looking, not for training: computed by the reference, without a gradient.
+    """The transport plan itself, for looking, not for training: computed by the reference, without
+    a gradient.
 
-    Arguments as in `fused_ot_loss`. Returns OTPlan(plan [B, N, M], cost [B, N, M], loss [B], num_iters [B],
-    marginal_error [B]), zero where there is no token.
+    Arguments as in `fused_ot_loss`. Returns OTPlan(plan [B, N, M], cost [B, N, M], loss [B],
+    num_iters [B], marginal_error [B]), zero where there is no token.
     """
     settings = OTSettings(epsilon, num_iters, tol)
     _check_tokens(student, teacher, projection, "[B, tokens, width]")
@@ -250,7 +257,7 @@ def backend_for(device_type: str) -> tuple[str, str]:
     if device_type == "cpu":
         missing = native.missing()
         if missing is None:
-            return "native", f"compiled, {native.instruction_sets()[0]} on this CPU"
+            return "native", f"compiled, {native.INSTRUCTION_SETS[0]} on this CPU"
         return "reference", missing
     return "reference", f"there is no kernel for {device_type} tensors in this version"
 
@@ -355,8 +362,8 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor, bound: int 
     lengths = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(tokens) or (lengths < 0).any():
         raise ValueError(
-            f"{name} must rise from 0 to the {len(tokens)} tokens that there are, got "
-            f"{cu_seqlens.tolist() if len(cu_seqlens) <= 16 else f'{cu_seqlens[0]}..{cu_seqlens[-1]}'}"
+            f"{name} must rise from 0 to {len(tokens)}, the number of tokens, got "
+            f"{cu_seqlens.tolist() if len(cu_seqlens) <= 16 else cu_seqlens}"
         )
     most = int(lengths.max()) if len(lengths) else 0
     if bound is not None and bound < most:
@@ -370,7 +377,8 @@ def _check_pairs(
     if pairs is None:
         if segments_x != segments_y:
             raise ValueError(
-                f"pairs is None, but there are {segments_x} student and {segments_y} teacher segments"
+                f"pairs is None, but there are {segments_x} student segments and {segments_y} "
+                "teacher segments"
             )
         index = torch.arange(segments_x, device=device)
         return torch.stack((index, index), dim=1)
@@ -394,8 +402,8 @@ def _check_pairs(
 def _pack(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """[B, N, width] -> packed tokens [T, width] and segments [B, 2].
 
-    On the CPU masked tokens are left out. Where shapes must not depend on values (a GPU, torch.compile) they are
-    moved behind the others and zeroed, and the segments step over them.
+    On the CPU masked tokens are left out. Where shapes must not depend on values (a GPU,
+    torch.compile) they are moved behind the others and zeroed, and the segments step over them.
     """
     batch, length, width = tokens.shape
     first = torch.arange(batch, device=tokens.device) * length
@@ -413,13 +421,19 @@ def _pack(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return moved.reshape(-1, width), torch.stack((first, lengths), dim=1)
 
 
+def _reduction_weights(lengths_x: Tensor, lengths_y: Tensor, reduction: str) -> Tensor:
+    """What "mean" or "sum" is, as weights [Q] of the problems' losses."""
+    valid = ((lengths_x > 0) & (lengths_y > 0)).float()
+    return valid / valid.sum().clamp(min=1) if reduction == "mean" else valid
+
+
 def _varlen(
     student: Tensor,
     teacher: Tensor,
     projection: Tensor | None,
     cu_seqlens: tuple[Tensor, Tensor],
     pairs: Tensor | None,
-    weights: Tensor | str,  # [Q], or a reduction
+    weighting: Tensor | str,  # weights [Q], or a reduction
     bounds: tuple[int | None, int | None],
     settings: OTSettings,
 ) -> OTTerms:
@@ -432,15 +446,14 @@ def _varlen(
         torch.stack((cu[:-1], cu.diff()), dim=1).to(device=device, dtype=torch.int64)
         for cu in cu_seqlens
     )
-    if isinstance(weights, Tensor):
-        if weights.shape != pairs.shape[:1]:
-            raise ValueError(f"weights must be [{len(pairs)}], got {list(weights.shape)}")
-        weights = weights.to(device=device, dtype=torch.float32)
-    elif weights == "none":
-        weights = None
-    else:
-        valid = ((segments_x[pairs[:, 0], 1] > 0) & (segments_y[pairs[:, 1], 1] > 0)).float()
-        weights = valid / valid.sum().clamp(min=1) if weights == "mean" else valid
+    weights = None
+    if isinstance(weighting, Tensor):
+        if weighting.shape != pairs.shape[:1]:
+            raise ValueError(f"weights must be [{len(pairs)}], got {list(weighting.shape)}")
+        weights = weighting.to(device=device, dtype=torch.float32)
+    elif weighting != "none":
+        lengths = segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
+        weights = _reduction_weights(*lengths, weighting)
     with torch.autocast(device.type, enabled=False):
         if choose_backend(settings.backend, student, teacher, projection) == "reference":
             x, mask_x = _pad(student, segments_x[pairs[:, 0]], longest_x)
@@ -459,10 +472,9 @@ def _pad(tokens: Tensor, segments: Tensor, length: int) -> tuple[Tensor, Tensor]
     """[T, width] and segments [Q, 2] -> [Q, length, width] and their mask [Q, length]."""
     step = torch.arange(max(length, 1), device=tokens.device)
     mask = step < segments[:, 1:]
-    index = torch.where(mask, segments[:, :1] + step, 0)
-    if len(tokens) == 0:
-        return tokens.new_zeros(*index.shape, tokens.shape[1]), mask
-    return tokens.index_select(0, index.flatten()).view(*index.shape, -1), mask
+    index = torch.where(mask, segments[:, :1] + step, len(tokens))
+    behind = torch.cat((tokens, tokens.new_zeros(1, tokens.shape[1])))
+    return behind.index_select(0, index.flatten()).view(*index.shape, tokens.shape[1]), mask
 
 
 # ---- the packed problem
@@ -513,7 +525,7 @@ def _solve(
 
 
 class _WeightedLoss(torch.autograd.Function):
-    """(x, z, ...) -> weights . loss, and without gradient the losses, iterations and marginal errors."""
+    """-> weights @ loss; and loss, num_iters, marginal_error [Q] without a gradient."""
 
     @staticmethod
     def forward(
@@ -555,7 +567,7 @@ class _WeightedLoss(torch.autograd.Function):
 
 
 class _Losses(torch.autograd.Function):
-    """(x, z, ...) -> losses, and without gradient the iterations and marginal errors; the backward solves again."""
+    """-> loss [Q]; and num_iters, marginal_error [Q] without a gradient. Backward solves again."""
 
     @staticmethod
     def forward(

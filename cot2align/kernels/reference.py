@@ -8,16 +8,16 @@ For each problem (one student text against one teacher text, eq. 9-14 of the CoT
     T = argmin over U(1/N, 1/M) of <T, C> - epsilon H(T)
     L = <T, C>
 
-T comes from `num_iters` log-domain Sinkhorn iterations, column potentials g first, row potentials f second,
-from f = 0:
+T comes from `num_iters` log-domain Sinkhorn iterations, column potentials g first, row potentials
+f second, from f = 0:
 
     g_j = log(1/M) - LSE_i(f_i - C_ij / epsilon)
     f_i = log(1/N) - LSE_j(g_j - C_ij / epsilon)
     T   = exp(f + g - C / epsilon)
 
-A problem stops after the first iteration whose column sums differ from 1/M by at most `tol` in L1. Every other
-backend is tested against this file in float64; it is also the naive loss of the benchmarks, with its memory of
-O(num_iters N M) for the autograd tape.
+A problem stops after the first iteration whose column sums differ from 1/M by at most `tol` in L1.
+Every other backend is tested against this file in float64; it is also the naive loss of the
+benchmarks, with its memory of O(num_iters N M) for the autograd tape.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class OTSettings:
     epsilon: entropic regularisation, 1/lambda of the paper, > 0.
     num_iters: Sinkhorn iterations at most, >= 1.
     tol: stop a problem when its L1 column-marginal error is at most this, 0 = never.
-    grad: "unrolled" (exact for the iterations run), "implicit" (at the fixed point) or "detached" (the plan as a
-        constant).
+    grad: "unrolled" (exact for the iterations run), "implicit" (at the fixed point) or "detached"
+        (the plan as a constant).
     backend: None (the best one for the device), "reference", "native", "triton" or "cuda".
     """
 
@@ -69,15 +69,15 @@ class OTSettings:
             raise ValueError(f"grad must be one of {', '.join(GRADS)}, got {self.grad!r}")
         if self.backend not in BACKENDS:
             raise ValueError(
-                f"backend must be None or one of {', '.join(map(str, BACKENDS[1:]))}, got {self.backend!r}"
+                f"backend must be one of {', '.join(map(str, BACKENDS))}, got {self.backend!r}"
             )
 
 
 class OTPlan(NamedTuple):
     """What one solve gives. plan, cost [B, N, M]; loss, num_iters, marginal_error [B].
 
-    marginal_error is the L1 distance of the plan's column sums from 1/M. Rows, columns and problems without
-    tokens are 0.
+    marginal_error is the L1 distance of the plan's column sums from 1/M. Rows, columns and
+    problems without tokens are 0.
     """
 
     plan: Tensor
@@ -135,7 +135,7 @@ def solve(
     teacher_mask: Tensor | None,  # [B, M]
     settings: OTSettings,
 ) -> OTPlan:
-    """Solve a padded batch; `loss` is differentiable as `settings.grad` says, the rest is detached."""
+    """Solve a padded batch; `loss` is differentiable as `settings.grad` says, the rest detached."""
     with torch.autocast(student.device.type, enabled=False):
         tensors = [student, teacher] if projection is None else [student, teacher, projection]
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -145,7 +145,8 @@ def solve(
         # What stands at a masked position may be NaN; zero times NaN would reach the gradient.
         x = x.masked_fill(~rows[..., None], 0.0)
         y = y.masked_fill(~cols[..., None], 0.0)
-        # A problem without tokens is solved as if all its (zero) tokens were there, and its loss dropped.
+        # A problem without tokens is solved as if all its (zero) tokens were there, and its loss
+        # dropped.
         valid = rows.any(dim=1) & cols.any(dim=1)
         rows, cols = rows | ~valid[:, None], cols | ~valid[:, None]
 
@@ -180,7 +181,8 @@ def _all_valid(tokens: Tensor) -> Tensor:
 def _softmax_cost(similarity: Tensor) -> Tensor:
     """1 - softmax over the last axis [B, N, M], exact to rounding where the softmax saturates.
 
-    There 1 - p cancels at the row's largest entry, which is rest / (1 + rest) with rest the sum of the others.
+    There 1 - p cancels at the row's largest entry, which is rest / (1 + rest) with rest the sum of
+    the others.
     """
     largest = similarity.argmax(dim=-1, keepdim=True)
     exponential = (similarity - similarity.gather(-1, largest).detach()).exp()
@@ -228,8 +230,9 @@ def _implicit_gradient(plan: Tensor, cost: Tensor, epsilon: float) -> Tensor:
         [diag(r)  T      ] [z]   [W 1  ]
         [T^T      diag(c)] [w] = [W^T 1]      W = T * C, r and c the plan's own row and column sums.
 
-    z is eliminated. What remains for w is singular along the constants, and wherever the plan falls into blocks
-    that exchange no mass; those directions do not matter, and the pseudo-inverse leaves them out.
+    z is eliminated. What remains for w is singular along the constants, and wherever the plan
+    falls into blocks that exchange no mass; those directions do not matter, and the pseudo-inverse
+    leaves them out.
     """
     plan, cost = plan.double(), cost.double()
     finite = plan.isfinite().all(2).all(1)[:, None, None]

@@ -1,0 +1,492 @@
+"""The front door and its native backend, against the few-line float64 implementation."""
+
+import math
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cot2align import OTLoss, fused_ot_loss, fused_ot_loss_varlen, sinkhorn_plan
+from cot2align.kernels import native, ot_loss, reference
+from tests.kernels import direct
+
+# The error that float32 PyTorch itself makes is 3e-6 to 3e-5 at these settings (see the test of
+# that), depending on the shape.
+TOLERANCE = 3e-5
+
+
+def loss_of(epsilon, num_iters, tol=0.0, function=fused_ot_loss, **kwargs):
+    def loss(x, y, *p):
+        return function(
+            x[None], y[None], *p, epsilon=epsilon, num_iters=num_iters, tol=tol, **kwargs
+        )
+
+    return loss
+
+
+def check(got, expected, tolerance=TOLERANCE):
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-5, abs=1e-7)
+    for name, have, want in zip("xyp", got[1], expected[1], strict=False):
+        assert direct.relative(have, want) < tolerance, name
+
+
+@pytest.mark.parametrize("epsilon", [10.0, 0.1, 0.02])
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 10, 100])
+@pytest.mark.parametrize(("n", "m"), [(5, 7), (33, 20), (60, 150)])
+def test_gradient_of_the_native_backend(n, m, num_iters, epsilon):
+    tensors = direct.problem(n, m)
+    expected = direct.gradients(
+        lambda x, y, p: direct.ot_loss(x, y, p, epsilon, num_iters), tensors
+    )
+    loss = loss_of(epsilon, num_iters, backend="native")
+    check(direct.gradients(loss, tensors, torch.float32), expected)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 3e-3, 1e-2, 1.0, 100.0, 1e3])
+@pytest.mark.parametrize("grad", ["unrolled", "implicit", "detached"])
+def test_no_less_accurate_than_float32_pytorch(epsilon, grad):
+    # Several shapes and spreads: of a single one the rounding may happen to cancel.
+    worst = {"native": 0.0, "reference": 0.0}
+    for n, m, spread in [(12, 8, 1.0), (40, 60, 3.0), (70, 30, 2.0)]:
+        tensors = direct.problem(n, m, spread=spread)
+        _, expected = direct.gradients(
+            loss_of(epsilon, 30, grad=grad, function=reference.fused_ot_loss), tensors
+        )
+        for backend in worst:
+            loss = loss_of(epsilon, 30, grad=grad, backend=backend)
+            _, grads = direct.gradients(loss, tensors, torch.float32)
+            errors = (direct.relative(g, e) for g, e in zip(grads, expected, strict=True))
+            worst[backend] = max(worst[backend], *errors)
+    assert worst["native"] < 4 * worst["reference"] + 1e-6
+
+
+@pytest.mark.parametrize("isa", native.INSTRUCTION_SETS)
+@pytest.mark.parametrize("epsilon", [0.1, 0.005])
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit", "detached"])
+def test_every_instruction_set(isa, epsilon, gradient):
+    x, y, p = direct.problem(37, 51)
+    z = y @ p
+    reached = direct.gradients(
+        loss_of(epsilon, 40, grad=gradient, function=reference.fused_ot_loss), (x, z)
+    )
+    segments = [torch.tensor([[0, n]]) for n in (37, 51)]
+    loss, iterations, _, dx, dz = native.ot_loss(
+        x.float(),
+        z.float(),
+        *segments,
+        torch.tensor([[0, 0]]),
+        torch.ones(1),
+        scale=1 / math.sqrt(x.shape[1]),
+        epsilon=epsilon,
+        num_iters=40,
+        tol=0.0,
+        gradient=gradient,
+        need_x=True,
+        need_z=True,
+        isa=isa,
+    )
+    assert iterations.tolist() == [40]
+    check((loss[0].double(), (dx.double(), dz.double())), reached, 5e-4 if epsilon < 0.01 else 3e-5)
+
+
+@pytest.mark.parametrize("spread", [20.0, 40.0, 60.0])
+def test_saturated_softmax(spread):
+    # Aligned models: each student token all but certain of one teacher token.
+    x = torch.eye(12, dtype=torch.float64) + 0.05 * torch.randn(
+        12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    tensors = (math.sqrt(spread) * 12**0.25 * x, math.sqrt(spread) * 12**0.25 * x)
+    loss = loss_of(0.1, 50)
+    expected = direct.gradients(loss, tensors)
+    value, grads = direct.gradients(loss, tensors, torch.float32)
+    assert 0 < expected[0] < 1e-3
+    assert value.item() == pytest.approx(expected[0].item(), rel=2e-5)
+    for have, want in zip(grads, expected[1], strict=True):
+        assert direct.relative(have, want) < 1e-4
+
+
+def test_large_problems_are_split_over_threads():
+    # 470 x 450 outgrows a core's cache; 200 x 190 would keep the other threads waiting.
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for n, m, epsilon in [(470, 450, 0.1), (200, 190, 0.1), (200, 190, 0.004)]:
+                tensors = direct.problem(n, m)
+                for grad in ("unrolled", "implicit"):
+                    loss = loss_of(epsilon, 5, grad=grad, function=reference.fused_ot_loss)
+                    expected = direct.gradients(loss, tensors)
+                    got = direct.gradients(loss_of(epsilon, 5, grad=grad), tensors, torch.float32)
+                    check(got, expected, 1e-3 if epsilon < 0.01 else 3e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+lengths = st.lists(st.integers(0, 12), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths,
+    lengths,
+    st.sampled_from([0.01, 0.1, 5.0]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from(["native", "reference"]),
+    st.randoms(use_true_random=False),
+)
+def test_packed_pairs_are_a_loop_over_problems(rows, cols, epsilon, reduction, backend, random):
+    x, y, p = direct.problem(max(1, sum(rows)), max(1, sum(cols)))
+    x, y = x[: sum(rows)], y[: sum(cols)]
+    count = random.randrange(7)
+    pairs = [(random.randrange(len(rows)), random.randrange(len(cols))) for _ in range(count)]
+    cu_x, cu_y = (torch.tensor([0, *side]).cumsum(0) for side in (rows, cols))
+
+    def loop(x, y, p):
+        total, valid = 0 * (x.sum() + y.sum() + p.sum()), 0
+        for s, t in pairs:
+            if rows[s] and cols[t]:
+                problem = x[cu_x[s] : cu_x[s + 1]], y[cu_y[t] : cu_y[t + 1]], p
+                total, valid = total + direct.ot_loss(*problem, epsilon, 4), valid + 1
+        return total / max(valid, 1) if reduction == "mean" else total
+
+    def packed(x, y, p):
+        return fused_ot_loss_varlen(
+            x,
+            y,
+            p,
+            cu_seqlens_student=cu_x.int(),
+            cu_seqlens_teacher=cu_y,
+            pairs=torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2),
+            epsilon=epsilon,
+            num_iters=4,
+            tol=0.0,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    expected, expected_grads = direct.gradients(loop, (x, y, p))
+    value, grads = direct.gradients(packed, (x, y, p), torch.float32)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    for have, want in zip(grads, expected_grads, strict=True):
+        assert (have - want).norm() <= 1e-4 * want.norm() + 1e-8
+
+
+def test_weights_and_diagnostics():
+    x, y, p = (t.float() for t in direct.problem(9, 11))
+    cu_x, cu_y = torch.tensor([0, 4, 9]), torch.tensor([0, 0, 5, 11])
+    pairs = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 2]])
+    weights = torch.tensor([0.5, 2.0, 3.0, 0.0])
+    common = {"cu_seqlens_student": cu_x, "cu_seqlens_teacher": cu_y, "pairs": pairs}
+    each = fused_ot_loss_varlen(x, y, p, **common, tol=1e-4, reduction="none")
+    for backend in ("native", "reference"):
+        terms = ot_loss.ot_loss_terms(
+            x,
+            y,
+            p,
+            **common,
+            weights=weights,
+            settings=reference.OTSettings(tol=1e-4, backend=backend),
+        )
+        assert terms.total.item() == pytest.approx((weights * each).sum().item(), rel=1e-6)
+        assert torch.allclose(terms.loss, each, rtol=1e-5)
+        assert terms.loss[2] == terms.num_iters[2] == terms.marginal_error[2] == 0
+        assert 1 <= terms.num_iters[0] < 100
+        assert 0 < terms.marginal_error[0] <= 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_masked_is_cropped_for_every_reduction(reduction):
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(4, 9, 8, generator=generator), torch.randn(4, 7, 6, generator=generator)
+    p = torch.randn(6, 8, generator=generator)
+    rows = torch.rand(4, 9, generator=generator) < 0.6
+    cols = torch.rand(4, 7, generator=generator) < 0.6
+    rows[2] = False
+    x[~rows] = math.nan
+    y[~cols] = math.inf
+    leaves = [t.requires_grad_() for t in (x, y, p)]
+    upstream = torch.tensor([1.0, -2.0, 5.0, 0.5]) if reduction == "none" else torch.tensor(3.0)
+    masks = {"student_mask": rows, "teacher_mask": cols}
+    got = fused_ot_loss(*leaves, **masks, num_iters=10, tol=0.0, reduction=reduction)
+    grads = torch.autograd.grad(got, leaves, upstream)
+
+    each = [
+        direct.ot_loss(x[b][rows[b]].double(), y[b][cols[b]].double(), p.double(), 0.1, 10)
+        if rows[b].any()
+        else torch.zeros((), dtype=torch.float64)
+        for b in range(4)
+    ]
+    expected = torch.stack(each)
+    expected = {"mean": expected.sum() / 3, "sum": expected.sum(), "none": expected}[reduction]
+    expected_grads = torch.autograd.grad(expected, leaves, upstream.double())
+    assert torch.allclose(got, expected.float(), rtol=1e-5)
+    for have, want in zip(grads, expected_grads, strict=True):
+        assert direct.relative(have, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("grad", ["unrolled", "implicit", "detached"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_nan_stays_in_its_problem(broken, backend, grad):
+    x, y = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
+    x[1, 2, 3] = broken
+    x.requires_grad_()
+    y.requires_grad_()
+    loss = fused_ot_loss(x, y, reduction="none", grad=grad, backend=backend)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, False]
+    for tensor in (x, y):
+        assert tensor.grad[[0, 2]].isfinite().all()
+        assert tensor.grad[1].isnan().any()
+
+
+def test_no_valid_problem_is_a_connected_zero():
+    for backend in ("native", "reference"):
+        x, y = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
+        mask = torch.zeros(2, 5, dtype=torch.bool)
+        loss = fused_ot_loss(x, y, teacher_mask=mask, backend=backend)
+        loss.backward()
+        assert loss == 0
+        assert not x.grad.any()
+        assert not y.grad.any()
+
+
+def test_empty_batch_and_empty_texts():
+    p = torch.randn(6, 4, requires_grad=True)
+    for shape_x, shape_y in [
+        ((0, 3, 4), (0, 5, 6)),
+        ((2, 0, 4), (2, 5, 6)),
+        ((2, 3, 4), (2, 0, 6)),
+    ]:
+        loss = fused_ot_loss(torch.randn(shape_x), torch.randn(shape_y), p)
+        loss.backward()
+        assert loss == 0
+    assert not p.grad.any()
+
+
+def test_the_same_input_gives_the_same_bits():
+    torch.manual_seed(0)
+    x, y, p = torch.randn(6, 200, 16), torch.randn(6, 210, 24), torch.randn(24, 16) / 5
+    first, again = (
+        direct.gradients(
+            lambda x, y, p: fused_ot_loss(x, y, p, num_iters=20), (x, y, p), torch.float32
+        )
+        for _ in range(2)
+    )
+    assert torch.equal(first[0], again[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+def test_nothing_is_left_unwritten():
+    # Deterministic mode fills new memory with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        x = torch.randn(20, 8, requires_grad=True)
+        y = torch.randn(30, 8, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = fused_ot_loss_varlen(
+                x,
+                y,
+                cu_seqlens_student=torch.tensor([0, 5, 5, 20]),
+                cu_seqlens_teacher=torch.tensor([0, 0, 17, 30]),
+                pairs=torch.tensor([[0, 2], [1, 1], [2, 0]]),
+            )
+            loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert x.grad.isfinite().all()
+    assert x.grad[:5].any()
+    assert not x.grad[5:].any()
+    assert y.grad[17:].any()
+    assert not y.grad[:17].any()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_mixed_dtypes_and_autocast(backend):
+    x, y, p = (t.float() for t in direct.problem(20, 30))
+    x, y = x.bfloat16().requires_grad_(), y.half().requires_grad_()
+    p.requires_grad_()
+    _, expected = direct.gradients(
+        lambda x, y, p: direct.ot_loss(x, y, p, 0.1, 20), (x.double(), y.double(), p.double())
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused_ot_loss(x[None], y[None], p, num_iters=20, tol=0.0, backend=backend)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    for leaf, want, rounding in zip((x, y, p), expected, (2**-8, 2**-10, 1e-5), strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert direct.relative(leaf.grad.double(), want) < rounding
+
+
+def test_a_projection_on_either_side_is_the_same():
+    # Few student tokens: X P^T is cheaper than Y P.
+    for n, m in [(3, 90), (90, 3)]:
+        tensors = direct.problem(n, m, 16, 40)
+        expected = direct.gradients(lambda x, y, p: direct.ot_loss(x, y, p, 0.1, 10), tensors)
+        check(direct.gradients(loss_of(0.1, 10), tensors, torch.float32), expected)
+
+
+def test_frozen_sides_get_no_gradient():
+    x, y, p = (t.float() for t in direct.problem(8, 9))
+    p.requires_grad_()
+    fused_ot_loss(x[None], y[None], p).backward()
+    _, expected = direct.gradients(
+        lambda x, y, p: direct.ot_loss(x, y, p, 0.1, 100), (x, y, p.detach())
+    )
+    assert direct.relative(p.grad.double(), expected[2]) < 1e-4
+    assert x.grad is None
+    with torch.no_grad():
+        assert not fused_ot_loss(x[None], y[None], p).requires_grad
+
+
+def test_twice_differentiable_is_refused():
+    x, weight = torch.randn(1, 4, 3, requires_grad=True), torch.ones((), requires_grad=True)
+    loss = weight * fused_ot_loss(x, torch.randn(1, 5, 3))
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_plan_for_looking():
+    x, y, p = (t.float()[None] for t in direct.problem(6, 8))
+    mask = torch.tensor([[True] * 4 + [False] * 2])
+    solved = sinkhorn_plan(x, y, p[0], student_mask=mask, tol=1e-5)
+    assert solved.plan.shape == solved.cost.shape == (1, 6, 8)
+    assert torch.allclose(solved.plan.sum(2), torch.tensor([[0.25] * 4 + [0.0] * 2]), atol=1e-6)
+    assert solved.marginal_error.item() <= 1e-5
+    loss = fused_ot_loss(x, y, p[0], student_mask=mask, tol=1e-5)
+    assert solved.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_module_owns_the_projection():
+    module = OTLoss(8, 12, epsilon=0.2, num_iters=30, reduction="sum")
+    assert module.projection.shape == (12, 8)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 6, 12)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    expected = reference.fused_ot_loss(
+        x, y, module.projection, teacher_mask=mask, epsilon=0.2, num_iters=30, reduction="sum"
+    )
+    assert module(x, y, teacher_mask=mask).item() == pytest.approx(expected.item(), rel=1e-5)
+    module(x, y).backward()
+    assert module.projection.grad.any()
+    with pytest.raises(ValueError, match="epsilon"):
+        OTLoss(8, 12, epsilon=0.0)
+
+
+def test_operators_pass_opcheck():
+    x, y, _ = (t.float() for t in direct.problem(9, 12, 8, 8))
+    segments = torch.tensor([[0, 4], [4, 5]]), torch.tensor([[0, 12], [3, 0]])
+    problem = (x, y, *segments, torch.tensor([[0, 0], [1, 0], [1, 1]]))
+    how = (0.3, 0.1, 5, 0.0)
+    torch.library.opcheck(ot_loss._ot_loss, (*problem, *how))
+    for needs in [(True, True), (False, True), (True, False)]:
+        weights = torch.tensor([1.0, 2.0, 0.0])
+        arguments = (*problem, weights, *how, "unrolled", *needs)
+        torch.library.opcheck(ot_loss._ot_loss_gradient, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_graph_breaks(reduction):
+    x, y, p = (t.float() for t in direct.problem(9, 12))
+    mask = torch.rand(1, 12) < 0.7
+
+    def loss(x, y, p):
+        return fused_ot_loss(x[None], y[None], p, teacher_mask=mask, reduction=reduction).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = direct.gradients(loss, (x, y, p), torch.float32)
+    got = direct.gradients(compiled, (x, y, p), torch.float32)
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    for have, want in zip(got[1], expected[1], strict=True):
+        assert direct.relative(have, want) < 1e-5
+
+
+def test_memory_stays_with_a_few_matrices_a_thread():
+    # 40 problems of 256 x 256: the tape of 100 iterations holds 2 GiB, three matrices per thread
+    # and the vectors' history 3 MiB.
+    code = """
+import resource, torch
+from cot2align import fused_ot_loss
+torch.set_num_threads(2)
+def run(batch):
+    x = torch.randn(batch, 256, 16, requires_grad=True)
+    fused_ot_loss(x, torch.randn(batch, 256, 16), tol=0.0).backward()
+run(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(40)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    grown = float(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert grown < 32  # MiB
+
+
+def refused(error, pattern, *tensors, function=fused_ot_loss, **kwargs):
+    with pytest.raises(error, match=pattern) as caught:
+        function(*tensors, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_settings_and_tensors_are_named():
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 5, 6)
+    p = torch.randn(6, 4)
+    for epsilon in (0, -1.0, math.nan, math.inf):
+        refused(ValueError, "epsilon must be a positive", x, y, p, epsilon=epsilon)
+    refused(TypeError, "epsilon must be a number", x, y, p, epsilon="0.1")
+    refused(ValueError, "num_iters must be >= 1, got 0", x, y, p, num_iters=0)
+    refused(TypeError, "num_iters must be an int", x, y, p, num_iters=1.5)
+    refused(ValueError, "tol must be", x, y, p, tol=-1)
+    refused(ValueError, "grad must be one of", x, y, p, grad="exact")
+    refused(ValueError, "reduction must be one of", x, y, p, reduction="avg")
+    refused(ValueError, "backend must be one of", x, y, p, backend="gpu")
+    refused(ValueError, "backend 'triton' cannot serve cpu", x, y, p, backend="triton")
+    refused(TypeError, "got float64", x.double(), y, p, backend="native")
+    refused(TypeError, "student must be a tensor, got list", [1.0], y, p)
+    refused(TypeError, "teacher must be float32", x, y.int(), p)
+    refused(ValueError, re.escape("student must be [B, tokens, width]"), x[0], y, p)
+    refused(ValueError, "student has 2 problems", x, y[:1], p)
+    refused(ValueError, "got None", x, y)
+    refused(ValueError, re.escape("projection must be [6, 4]"), x, y, p.T)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    refused(ValueError, re.escape("student_mask must be [2, 3]"), x, y, p, student_mask=mask)
+    refused(TypeError, "teacher_mask must be a bool", x, y, p, teacher_mask=torch.ones(2, 5))
+
+
+def test_bad_packing_is_named():
+    x, y = torch.randn(5, 4), torch.randn(6, 4)
+    good = {
+        "cu_seqlens_student": torch.tensor([0, 2, 5]),
+        "cu_seqlens_teacher": torch.tensor([0, 6]),
+    }
+
+    def bad(error, pattern, **change):
+        refused(error, pattern, x, y, function=fused_ot_loss_varlen, **{**good, **change})
+
+    bad(ValueError, "pairs is None")
+    for pairs in ([[0, 1]], [[-1, 0]], [[2, 0]]):
+        bad(ValueError, "pairs must name", pairs=torch.tensor(pairs))
+    bad(TypeError, "pairs must be an int", pairs=torch.zeros(1, 2))
+    bad(ValueError, "must rise from 0 to 5", cu_seqlens_student=torch.tensor([0, 2, 4]))
+    bad(ValueError, "must rise from 0 to 5", cu_seqlens_student=torch.tensor([0, 6, 5]))
+    bad(TypeError, "cu_seqlens_teacher must be an int32", cu_seqlens_teacher=torch.tensor([0.0, 6]))
+    pairs = torch.tensor([[0, 0]])
+    bad(ValueError, "max_seqlen_student is 2, but", pairs=pairs, max_seqlen_student=2)
+
+
+def test_reference_serves_without_the_native_module(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(ot_loss, "_warned", set())
+    x = torch.randn(1, 3, 4)
+    with pytest.warns(UserWarning, match="slow reference"):
+        loss = fused_ot_loss(x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_ot_loss(x, x)
+    assert loss.item() == pytest.approx(reference.fused_ot_loss(x, x).item())
+    refused(ValueError, "pip install", x, x, backend="native")
