@@ -173,7 +173,8 @@ def test_packed_pairs_are_a_loop_over_problems(rows, cols, epsilon, reduction, b
     value, grads = direct.gradients(packed, (x, y, p), torch.float32)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     for have, want in zip(grads, expected_grads, strict=True):
-        assert (have - want).norm() <= 1e-4 * want.norm() + 1e-8
+        # Of a single row the gradient is 0, and what is left is rounding, over epsilon.
+        assert (have - want).norm() <= 1e-4 * want.norm() + 1e-8 / epsilon
 
 
 def test_weights_and_diagnostics():

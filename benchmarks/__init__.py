@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of the OT loss against plain PyTorch: `python -m benchmarks`."""
