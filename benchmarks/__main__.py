@@ -140,8 +140,9 @@ def main() -> int:
         for row in measure(CASES[name], options.repeats):
             rows.append(row | surroundings())
             print(
-                f"{row['case']:>12} {row['way']:>8} {row['p50_ms']:>9} ms {row['faster']:>6} x naive "
-                f"  errors: loss {row['loss_error']}, gradient {row['gradient_error']}"
+                f"{row['case']:>12} {row['way']:>8} {row['p50_ms']:>9} ms, "
+                f"{row['faster']:>6} x naive PyTorch, relative errors: "
+                f"loss {row['loss_error']}, gradient {row['gradient_error']}"
             )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
