@@ -187,8 +187,8 @@ def distill_settings(workspace) -> dict:
         "logging_steps": 1,
         "save_steps": 100,
         # With a tolerance, a rounding error can add or save an iteration.
-        "sinkhorn_iterations": 20,
-        "sinkhorn_tolerance": 0,
+        "ot_iters": 20,
+        "ot_tol": 0,
     }
 
 

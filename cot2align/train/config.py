@@ -129,16 +129,15 @@ class DistillConfig(TrainConfig):
     kd: str = setting("none", "L_KD; kl needs one vocabulary for both", choices=("none", "kl"))
     divergence: str = setting("forward_kl", "divergence inside L_KD", choices=DIVERGENCES)
     temperature: float = setting(2.0, "softmax temperature of L_KD", above=0)
-    ot_weight: float = setting(1.0, "weight of L_CCoT; 0 = off", at_least=0)
-    ot_terms: list[str] = field(
-        default_factory=lambda: ["cst", "crc"],
-        metadata=about("same-format and crossed pairs, eq. 7 and 8", choices=("cst", "crc")),
-    )
-    ot_layers: list[str] = field(
+    ot: bool = setting(True, "L_CCoT, the OT alignment")
+    cst: bool = setting(True, "its same-format pairs, eq. 7")
+    crc: bool = setting(True, "its crossed pairs, eq. 8")
+    ot_weight: float = setting(1.0, "weight of L_CCoT", above=0)
+    layers: list[str] = field(
         default_factory=lambda: ["embed", "last"],
         metadata=about("layers summed in eq. 14: embed, last, or an index of hidden_states"),
     )
-    ot_tokens: str = setting("response", "positions that are aligned", choices=("response", "all"))
+    tokens: str = setting("response", "positions that are aligned", choices=("response", "all"))
     ot_norm: str = setting(
         "none", "normalisation of the tokens before the projection", choices=("none", "rms")
     )
@@ -146,11 +145,9 @@ class DistillConfig(TrainConfig):
         "shared", "one projection for all layers, or one each", choices=("shared", "per-layer")
     )
     projection_learning_rate: float = setting(1e-3, "learning rate of the projection", above=0)
-    epsilon: float = setting(0.1, "entropic regularisation, 1/lambda of the paper", above=0)
-    sinkhorn_iterations: int = setting(100, "Sinkhorn iterations at most", at_least=1)
-    sinkhorn_tolerance: float = setting(
-        1e-6, "L1 marginal error that stops a problem; 0 = never", at_least=0
-    )
+    ot_epsilon: float = setting(0.1, "entropic regularisation, 1/lambda of the paper", above=0)
+    ot_iters: int = setting(100, "Sinkhorn iterations at most", at_least=1)
+    ot_tol: float = setting(1e-6, "L1 marginal error that stops a problem; 0 = never", at_least=0)
     ot_grad: str = setting(
         "unrolled",
         "gradient of the plan: of the iterations run, at the fixed point, or none",
@@ -367,8 +364,8 @@ def _convert(name: str, hint: type, value: Any) -> Any:
     elif hint is bool:
         if isinstance(value, bool):
             return value
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
+        if isinstance(value, str) and value.lower() in ("true", "on", "false", "off"):
+            return value.lower() in ("true", "on")
     elif not isinstance(value, bool) and isinstance(value, int | float | str):
         # YAML 1.1 reads 1e-3, without a point, as text: numbers are accepted in quotes.
         try:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -57,6 +58,7 @@ LOSSES = ("drops {}", "gives away {}", "loses {}", "sells {}")
 MAX_LENGTH = 128
 MAX_NEW_TOKENS = 64
 EOS, UNKNOWN = "<eos>", "<unk>"
+WORD = re.compile(r"\w+")
 
 
 @dataclass(kw_only=True)
@@ -156,21 +158,22 @@ def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.Unigram())
-    spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.pre_tokenizer = spaces
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Split("\n", "isolated"),
+        ]
+    )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.UnigramTrainer(
-        vocab_size=350, special_tokens=[UNKNOWN, EOS], unk_token=UNKNOWN, show_progress=False
+        vocab_size=300, special_tokens=[UNKNOWN, EOS], unk_token=UNKNOWN, show_progress=False
     )
     texts = list(texts)
-    words = sorted({word.strip(".,:?") for text in texts for word in text.split()})
-    # The trainer finds no piece for a word that is always followed by the same character.
-    varied = [word + mark for word in words for mark in ",;"]
-    tokenizer.train_from_iterator([*texts, *varied], trainer)
-    # Afterwards, or no word would ever touch a mark. A number is not one token with its full stop.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [spaces, pre_tokenizers.Punctuation(), pre_tokenizers.Split("\n", "isolated")]
-    )
+    # The trainer's candidates are the substrings that two different words share, so that a whole
+    # word is one only if it is also part of another: of itself, doubled.
+    doubled = [2 * word for word in sorted({word for text in texts for word in WORD.findall(text)})]
+    tokenizer.train_from_iterator([*texts, *doubled], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token=UNKNOWN
     )

@@ -1,7 +1,6 @@
 """The module that is trained: student, projections, and the frozen teacher beside them.
 
-    L = (1 - alpha) L_CE + alpha (ot_weight L_CCoT + L_KD)                                     (eq.
-    16)
+    L = (1 - alpha) L_CE + alpha (ot_weight L_CCoT + L_KD)                (eq. 16)
 
 `forward(batch)` runs both models over all texts of the batch and returns the loss, its parts and
 the diagnostics: one forward, as data-parallel and sharding wrappers need it. L_CE and L_KD are

@@ -132,18 +132,19 @@ def build_distiller(
     student = load(config.student, student_tokenizer, dtype="float32")
     teacher = load(config.teacher, teacher_tokenizer, dtype=config.teacher_dtype)
     cross_cot = None
-    if config.ot_weight > 0:
-        for name in ("ot_layers", "ot_terms"):
-            if not getattr(config, name):
-                raise UserError(f"setting {name!r} is empty; ot_weight 0 turns L_CCoT off")
+    if config.ot:
+        if not config.layers:
+            raise UserError("setting 'layers' is empty; 'ot: off' turns the alignment off")
+        if not (config.cst or config.crc):
+            raise UserError("'cst' and 'crc' are both off; 'ot: off' turns the alignment off")
         for model in (student, teacher):
-            check_layers(model, config.ot_layers)
+            check_layers(model, config.layers)
         # After the seed and before anything else random, so that a run is its config.
         cross_cot = CrossCoT(
             width(student),
             width(teacher),
-            terms=config.ot_terms,
-            layers=config.ot_layers,
+            terms=[term for term in ("cst", "crc") if getattr(config, term)],
+            layers=config.layers,
             norm=config.ot_norm,
             per_layer=config.projection == "per-layer",
             settings=ot_settings(config),
@@ -165,9 +166,9 @@ def ot_settings(config: DistillConfig) -> OTSettings:
     """The kernel's settings. Raises UserError for those that it refuses."""
     try:
         return OTSettings(
-            epsilon=config.epsilon,
-            num_iters=config.sinkhorn_iterations,
-            tol=config.sinkhorn_tolerance,
+            epsilon=config.ot_epsilon,
+            num_iters=config.ot_iters,
+            tol=config.ot_tol,
             grad=config.ot_grad,
             backend=config.ot_backend,
         )
@@ -239,7 +240,7 @@ class DistillTrainer(Trainer):
             args=args,
             data_collator=partial(
                 collate,
-                tokens=config.ot_tokens if isinstance(config, DistillConfig) else "response",
+                tokens=config.tokens if isinstance(config, DistillConfig) else "response",
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

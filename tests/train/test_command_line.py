@@ -100,7 +100,7 @@ def test_command_line_beats_yaml(tmp_path) -> None:
             str(path),
             "--seed",
             "2",
-            "--ot_layers",
+            "--layers",
             "last,-2",
             "--bf16",
             "--max_steps",
@@ -108,19 +108,19 @@ def test_command_line_beats_yaml(tmp_path) -> None:
         ],
     )
     assert (config.learning_rate, config.seed, config.bf16) == (1e-3, 2, True)
-    assert (config.ot_layers, config.max_steps) == (["last", "-2"], 5)
+    assert (config.layers, config.max_steps) == (["last", "-2"], 5)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("epsillon: 0.1", "unknown setting 'epsillon'; did you mean 'epsilon'?"),
-        ("epsilon: small", "'epsilon': expected number, got 'small'"),
-        ("epsilon: .nan", "'epsilon': expected number"),
+        ("ot_epsillon: 0.1", "unknown setting 'ot_epsillon'; did you mean 'ot_epsilon'?"),
+        ("ot_epsilon: small", "'ot_epsilon': expected number, got 'small'"),
+        ("ot_epsilon: .nan", "'ot_epsilon': expected number"),
         ("batch_size: 1.5", "'batch_size': expected integer, got 1.5"),
         ("batch_size: true", "'batch_size': expected integer, got True"),
         ("resume: 1", "'resume': expected true|false, got 1"),
-        ("ot_layers: 3", "'ot_layers': expected list of text, got 3"),
+        ("layers: 3", "'layers': expected list of text, got 3"),
         ("kd: kll", "'kd': unknown value 'kll'; did you mean 'kl'?"),
         ("alpha: 1.5", "'alpha' must be at most 1, got 1.5"),
         ("train: {a]", "line 1 not valid YAML"),
@@ -136,7 +136,7 @@ def test_bad_yaml(content: str, said: str, refused, tmp_path) -> None:
 
 def test_bad_words(refused) -> None:
     assert "did you mean 'distill'?" in refused(["distil"])
-    assert "--epsillon; did you mean 'epsilon'?" in refused(["distill", "--epsillon", "1"])
+    assert "--ot_epsillon; did you mean 'ot_epsilon'?" in refused(["distill", "--ot_epsillon", "1"])
     assert "unexpected argument 'x'" in refused(["sft", "x"])
     assert "config file nowhere.yaml: No such file" in refused(["sft", "--config", "nowhere.yaml"])
     assert main([]) == 2
@@ -144,7 +144,9 @@ def test_bad_words(refused) -> None:
 
 @pytest.mark.parametrize("epsilon", ["0", "-0.1"])
 def test_epsilon_must_be_positive(epsilon: str, distill) -> None:
-    assert f"'epsilon' must be greater than 0, got {float(epsilon)}" in distill(epsilon=epsilon)
+    assert f"'ot_epsilon' must be greater than 0, got {float(epsilon)}" in distill(
+        ot_epsilon=epsilon
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,8 +189,9 @@ def test_output_in_use(distill, tmp_path) -> None:
 def test_unsuitable_models(distill, workspace, tmp_path) -> None:
     assert "tokenizer of '/nowhere' cannot be loaded" in distill(teacher="/nowhere")
     assert "takes 256 tokens, fewer than max_length 512" in distill(max_length=512)
-    assert "unknown layer 'middle'" in distill(ot_layers="middle")
-    assert "unknown layer '7' for a model of 2 layers" in distill(ot_layers="last,7")
+    assert "'cst' and 'crc' are both off" in distill(cst="off", crc="off")
+    assert "unknown layer 'middle'" in distill(layers="middle")
+    assert "unknown layer '7' for a model of 2 layers" in distill(layers="last,7")
     assert "kd kl needs one vocabulary" in distill(kd="kl")
     assert "max_prompt_length 256 must be below" in distill(max_prompt_length=256)
     assert "raise max_length or max_prompt_length" in distill(max_prompt_length=20, max_length=21)
@@ -285,7 +288,7 @@ def test_config_of_a_run_can_be_run_again(distill_settings, tmp_path) -> None:
     settings = {**distill_settings, "max_steps": 1, "output": tmp_path / "first"}
     assert cli("distill", **settings) == 0
     saved = tmp_path / "first" / "config.yaml"
-    assert yaml.safe_load(saved.read_text())["epsilon"] == 0.1
+    assert yaml.safe_load(saved.read_text())["ot_epsilon"] == 0.1
     assert main(["distill", "--config", str(saved), "--output", str(tmp_path / "second")]) == 0
     assert (tmp_path / "second" / "model.safetensors").read_bytes() == (
         tmp_path / "first" / "model.safetensors"

@@ -44,8 +44,8 @@ def distilled(workspace, tmp_path_factory) -> Path:
         "divergence": "skewed_reverse_kl",
         "projection": "per-layer",
         "ot_norm": "rms",
-        "ot_layers": "embed,last,1",
-        "ot_tokens": "all",
+        "layers": "embed,last,1",
+        "tokens": "all",
     }
     assert cli("distill", output=output, **settings) == 0
     return output
@@ -190,7 +190,7 @@ def test_bf16_runs_and_stays_close(distill_settings, tmp_path) -> None:
 
 
 def test_distillation_without_ot(distill_settings, workspace, tmp_path) -> None:
-    settings = {**distill_settings, "teacher": workspace.sibling, "kd": "kl", "ot_weight": 0}
+    settings = {**distill_settings, "teacher": workspace.sibling, "kd": "kl", "ot": "off"}
     assert cli("distill", output=tmp_path / "kl", **settings) == 0
     (first, *_) = log_of(tmp_path / "kl")
     assert first["loss"] == pytest.approx(0.5 * first["ce"] + 0.5 * first["kd"])

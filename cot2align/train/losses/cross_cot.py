@@ -1,5 +1,4 @@
-"""L_CCoT: OT alignment of standard and chain-of-thought texts across two tokenizers (eq. 7, 8, 14,
-15).
+"""L_CCoT: OT alignment of standard and CoT texts across two tokenizers (eq. 7, 8, 14, 15).
 
     L_CST  = L_OT(y, Y) + L_OT(y_CoT, Y_CoT)        same format
     L_CRC  = L_OT(y, Y_CoT) + L_OT(y_CoT, Y)        crossed formats
@@ -10,8 +9,8 @@ pairs of a batch go through one call of the OT kernel (one call a layer where ev
 own projection): the layers' packed tokens are further segments of the same packing.
 
 The loss value says little (at small lambda it is 1 - 1/M for any input), so each pair's signal is
-reported: ot/signal = 1 - 1/M - L_OT, and ot/relative_signal, its share of what is reachable, min(1,
-N/M) - 1/M.
+reported: ot/signal = 1 - 1/M - L_OT, and ot/relative_signal, its share of what is reachable,
+min(1, N/M) - 1/M.
 """
 
 from __future__ import annotations
