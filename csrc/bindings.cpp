@@ -20,7 +20,8 @@ using namespace pybind11::literals;
 
 namespace {
 
-// The widest instruction set that this build has and this CPU knows: sinkhorn.cpp is compiled once for each.
+// The widest instruction set that this build has and this CPU knows: sinkhorn.cpp is compiled once
+// for each.
 const char* instruction_set() {
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -53,12 +54,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The caller (kernels/native.py) answers for the addresses, sizes and types. Frees the interpreter while it works.
+// The caller (kernels/native.py) answers for the addresses, sizes and types. Frees the interpreter
+// while it works.
 void ot_loss(uintptr_t x, uintptr_t z, uintptr_t segments_x, uintptr_t segments_z, uintptr_t pairs,
-             uintptr_t weights, int64_t tokens_x, int64_t tokens_z, int64_t count_x, int64_t count_z, int64_t count,
-             int64_t dim, float scale, double epsilon, float tol, int num_iters, const std::string& gradient,
-             int num_threads, uintptr_t loss, uintptr_t iterations, uintptr_t marginal_error, uintptr_t dx,
-             uintptr_t dz, const std::string& isa) {
+             uintptr_t weights, int64_t tokens_x, int64_t tokens_z, int64_t count_x,
+             int64_t count_z, int64_t count, int64_t dim, float scale, double epsilon, float tol,
+             int num_iters, const std::string& gradient, int num_threads, uintptr_t loss,
+             uintptr_t iterations, uintptr_t marginal_error, uintptr_t dx, uintptr_t dz,
+             const std::string& isa) {
   const cot2align::Problems problems{pointer<const float>(x),
                                      pointer<const float>(z),
                                      pointer<const int64_t>(segments_x),
@@ -71,9 +74,11 @@ void ot_loss(uintptr_t x, uintptr_t z, uintptr_t segments_x, uintptr_t segments_
                                      count_z,
                                      count,
                                      dim};
-  const cot2align::Settings settings{scale, epsilon, tol, num_iters, gradient_named(gradient), num_threads};
-  const cot2align::Results results{pointer<float>(loss), pointer<int32_t>(iterations), pointer<float>(marginal_error),
-                                   pointer<float>(dx), pointer<float>(dz)};
+  const cot2align::Settings settings{scale,      epsilon, tol, num_iters, gradient_named(gradient),
+                                     num_threads};
+  const cot2align::Results results{pointer<float>(loss), pointer<int32_t>(iterations),
+                                   pointer<float>(marginal_error), pointer<float>(dx),
+                                   pointer<float>(dz)};
   const cot2align::OTLoss run = ot_loss_for(isa);
   py::gil_scoped_release release;
   run(problems, settings, results);
@@ -114,10 +119,11 @@ py::tuple cuda_versions() {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.def("ot_loss", &ot_loss, "x"_a, "z"_a, "segments_x"_a, "segments_z"_a, "pairs"_a, "weights"_a, py::kw_only(),
-             "tokens_x"_a, "tokens_z"_a, "count_x"_a, "count_z"_a, "count"_a, "dim"_a, "scale"_a, "epsilon"_a,
-             "tol"_a, "num_iters"_a, "gradient"_a, "num_threads"_a, "loss"_a, "iterations"_a, "marginal_error"_a,
-             "dx"_a, "dz"_a, "isa"_a = instruction_set(), "the operation of sinkhorn.h on addresses of arrays");
+  module.def("ot_loss", &ot_loss, "x"_a, "z"_a, "segments_x"_a, "segments_z"_a, "pairs"_a,
+             "weights"_a, py::kw_only(), "tokens_x"_a, "tokens_z"_a, "count_x"_a, "count_z"_a,
+             "count"_a, "dim"_a, "scale"_a, "epsilon"_a, "tol"_a, "num_iters"_a, "gradient"_a,
+             "num_threads"_a, "loss"_a, "iterations"_a, "marginal_error"_a, "dx"_a, "dz"_a,
+             "isa"_a = instruction_set(), "the operation of sinkhorn.h on addresses of arrays");
   module.def("instruction_sets", [] {
     // What this CPU can run of what was built, the widest first.
     const std::string widest = instruction_set();
@@ -127,7 +133,8 @@ PYBIND11_MODULE(_native, module) {
     sets.append("baseline");
     return sets;
   });
-  module.def("build_info", &build_info, "version, compiler, instruction_set, openmp, cuda, cuda_archs");
+  module.def("build_info", &build_info,
+             "version, compiler, instruction_set, openmp, cuda, cuda_archs");
 #ifdef COT2ALIGN_CUDA_ARCHS
   module.def("cuda_devices", &cuda_devices,
              "(devices, reason): a dict for each CUDA device; reason says why there are none");
