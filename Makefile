@@ -52,7 +52,7 @@ doctor: $(STAMP)
 	@$(BIN)/python -m cot2align.doctor
 
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks run
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
