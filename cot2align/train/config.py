@@ -126,9 +126,13 @@ class DistillConfig(TrainConfig):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
-    kd: str = setting("none", "L_KD; kl needs one vocabulary for both", choices=("none", "kl"))
-    divergence: str = setting("forward_kl", "divergence inside L_KD", choices=DIVERGENCES)
-    temperature: float = setting(2.0, "softmax temperature of L_KD", above=0)
+    kd: str = setting(
+        "none", "L_KD; kl needs one vocabulary for both", choices=("none", "kl", "uld")
+    )
+    divergence: str = setting("forward_kl", "divergence inside L_KD, kl", choices=DIVERGENCES)
+    temperature: float | None = setting(
+        None, "softmax temperature of L_KD; none: 2, of uld 1", above=0
+    )
     ot: bool = setting(True, "L_CCoT, the OT alignment")
     cst: bool = setting(True, "its same-format pairs, eq. 7")
     crc: bool = setting(True, "its crossed pairs, eq. 8")

@@ -378,7 +378,7 @@ def model_batch(texts: Iterable[Text], tokens: str = "response") -> dict[str, An
     states are packed: with tokens "response" those that predict a response token, with "all" every
     place that holds a token. cu_seqlens: list of B + 1 ints, the packed places of each text.
     response: int64 [R], which of the T predict a response token, or None where all do. targets:
-    int64 [R], the response tokens.
+    int64 [R], the response tokens. cu_responses: list of B + 1 ints, those of each text.
     """
     texts = list(texts)
     width = max(len(text.ids) for text in texts)
@@ -388,6 +388,7 @@ def model_batch(texts: Iterable[Text], tokens: str = "response") -> dict[str, An
     response: list[int] = []
     targets: list[int] = []
     cu_seqlens = [0]
+    cu_responses = [0]
     for b, text in enumerate(texts):
         length = len(text.ids)
         input_ids[b, :length] = torch.tensor(text.ids)
@@ -398,6 +399,7 @@ def model_batch(texts: Iterable[Text], tokens: str = "response") -> dict[str, An
         positions.extend(range(b * width + first, b * width + last))
         targets.extend(text.response_ids)
         cu_seqlens.append(len(positions))
+        cu_responses.append(len(targets))
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -405,4 +407,5 @@ def model_batch(texts: Iterable[Text], tokens: str = "response") -> dict[str, An
         "cu_seqlens": cu_seqlens,
         "response": torch.tensor(response, dtype=torch.int64) if tokens == "all" else None,
         "targets": torch.tensor(targets, dtype=torch.int64),
+        "cu_responses": cu_responses,
     }

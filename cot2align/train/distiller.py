@@ -11,24 +11,24 @@ fine-tuning: L = L_CE.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.cross_entropy import cross_entropy
-from cot2align.train.losses.kl import kl
-from cot2align.train.token_states import token_states
+from cot2align.train.token_states import TokenStates, token_states
 
 
 class Distiller(nn.Module):
     """Student and teacher with the objective between them.
 
     alpha: weight of the distillation terms; cross_cot: L_CCoT with its projections, or None; kd:
-    "none" or "kl" with its `divergence` and softmax `temperature`.
+    L_KD of (student, teacher), summed over tokens, or None.
     """
 
     # Tells Trainer to pass the global batch's counts to forward.
@@ -42,9 +42,7 @@ class Distiller(nn.Module):
         alpha: float = 0.0,
         ot_weight: float = 1.0,
         cross_cot: CrossCoT | None = None,
-        kd: str = "none",
-        divergence: str = "forward_kl",
-        temperature: float = 2.0,
+        kd: Callable[[TokenStates, TokenStates], KDLoss] | None = None,
     ):
         super().__init__()
         self.student = student
@@ -53,8 +51,6 @@ class Distiller(nn.Module):
         self.ot_weight = ot_weight
         self.cross_cot = cross_cot
         self.kd = kd
-        self.divergence = divergence
-        self.temperature = temperature
         self.measure_gradients = False
         self.train(self.training)
 
@@ -92,10 +88,12 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 theirs = token_states(self.teacher, teacher, layers)
             distillation = torch.zeros_like(ce)
-            if self.kd == "kl":
-                kd = kl(ours, theirs, self.divergence, self.temperature) / all_tokens
-                parts["kd"] = kd.detach()
-                distillation = distillation + kd
+            if self.kd is not None:
+                kd = self.kd(ours, theirs)
+                parts["kd"] = kd.total.detach() / all_tokens
+                parts |= {name: value / all_tokens for name, value in kd.parts.items()}
+                metrics |= kd.metrics
+                distillation = distillation + kd.total / all_tokens
             if self.cross_cot is not None:
                 ot = self.cross_cot(ours, theirs, text_rows, text_is_cot, all_rows)
                 parts |= {"ot": ot.total.detach(), **ot.parts}

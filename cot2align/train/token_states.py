@@ -30,7 +30,8 @@ class TokenStates:
 
     layers: name ("embed", "last", or an index of hidden_states) -> [T, d]; "last" is always there.
     cu_seqlens: int32 [B + 1] on the CPU, the packed positions of each text.
-    hidden: [R, d], the last hidden states of the response; targets: int64 [R], what they predict.
+    hidden: [R, d], the last hidden states of the response; targets: int64 [R], what they predict;
+    cu_responses: int32 [B + 1] on the CPU, those of each text.
     head: [n, d] -> logits [n, V]. vocabulary: V.
     """
 
@@ -38,6 +39,7 @@ class TokenStates:
     cu_seqlens: Tensor
     hidden: Tensor
     targets: Tensor
+    cu_responses: Tensor
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
@@ -57,6 +59,7 @@ def token_states(
         cu_seqlens=torch.tensor(batch["cu_seqlens"], dtype=torch.int32),
         hidden=packed["last"] if response is None else packed["last"].index_select(0, response),
         targets=batch["targets"],
+        cu_responses=torch.tensor(batch["cu_responses"], dtype=torch.int32),
         head=partial(lm_logits, model),
         vocabulary=model.get_output_embeddings().weight.shape[0],
     )

@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,12 @@ from cot2align.kernels.ot_loss import OTSettings, choose_backend
 from cot2align.train.config import DistillConfig, SFTConfig, TrainConfig, UserError, to_yaml
 from cot2align.train.data import Example, TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.distiller import Distiller
+from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
-from cot2align.train.losses.kl import same_vocabulary
+from cot2align.train.losses.kl import kl, same_vocabulary
+from cot2align.train.losses.uld import uld
 from cot2align.train.models import Tokenizer, load_model, load_tokenizer, width
-from cot2align.train.token_states import check_layers
+from cot2align.train.token_states import TokenStates, check_layers
 
 PROJECTIONS_FILE = "projections.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -155,11 +157,20 @@ def build_distiller(
         alpha=config.alpha,
         ot_weight=config.ot_weight,
         cross_cot=cross_cot,
-        kd=config.kd,
-        divergence=config.divergence,
-        temperature=config.temperature,
+        kd=kd_loss(config),
     )
     return _prepared(config, distiller)
+
+
+def kd_loss(config: DistillConfig) -> Callable[[TokenStates, TokenStates], KDLoss] | None:
+    """L_KD as the config names it. Raises UserError for settings that contradict each other."""
+    if config.kd == "uld" and config.divergence != "forward_kl":
+        raise UserError(f"kd uld has no divergence, but 'divergence' is {config.divergence}")
+    if config.kd == "kl":
+        return partial(kl, divergence=config.divergence, temperature=config.temperature or 2.0)
+    if config.kd == "uld":
+        return partial(uld, temperature=config.temperature or 1.0)
+    return None
 
 
 def ot_settings(config: DistillConfig) -> OTSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,73 +12,14 @@ from torch import Tensor
 from cot2align.kernels.ot_loss import OTSettings
 from cot2align.kernels.reference import fused_ot_loss
 from cot2align.train import token_states as token_states_module
-from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.data import collate
 from cot2align.train.distiller import Distiller
 from cot2align.train.losses.cross_cot import CrossCoT, text_pairs
 from cot2align.train.losses.cross_entropy import cross_entropy
 from cot2align.train.losses.divergences import DIVERGENCES
 from cot2align.train.losses.kl import kl
-from cot2align.train.models import load_model, load_tokenizer
 from cot2align.train.token_states import token_states
-from tests.conftest import MAX_LENGTH
-
-LAYERS = ("embed", "last", "1")
-
-
-class Pair:
-    """Two loaded models and a batch of five rows, three of them with a rationale."""
-
-    def __init__(self, student: str, teacher: str, train: str, tokens: str = "response"):
-        names = {"student": student, "teacher": teacher}
-        tokenizers = {side: load_tokenizer(name) for side, name in names.items()}
-        self.models = {
-            side: load_model(name, tokenizers[side], dtype="float32", max_length=MAX_LENGTH)
-            for side, name in names.items()
-        }
-        self.encoders = {
-            side: TextEncoder(
-                tokenizer, prompt_format="alpaca", max_length=MAX_LENGTH, max_prompt_length=160
-            )
-            for side, tokenizer in tokenizers.items()
-        }
-        self.examples, _ = encode_rows(read_rows(train)[:5], **self.encoders)
-        self.batch = collate(self.examples, tokens)
-
-    def states(self, side: str):
-        return token_states(self.models[side], self.batch[side], LAYERS)
-
-    def per_text(self, side: str, tokens: str = "response") -> list[dict[str, Tensor]]:
-        """Every text alone, unpadded, through the whole model: states and logits, float64."""
-        outputs = []
-        for example in self.examples:
-            for pair in example.texts:
-                text = getattr(pair, side)
-                output = self.models[side](
-                    torch.tensor([text.ids]), output_hidden_states=True, use_cache=False
-                )
-                places = slice(text.prompt_length - 1, len(text.ids) - 1)
-                aligned = places if tokens == "response" else slice(None)
-                states = [layer[0].double() for layer in output.hidden_states]
-                outputs.append(
-                    {
-                        "embed": states[0][aligned],
-                        "1": states[1][aligned],
-                        "last": states[-1][aligned],
-                        "logits": output.logits[0, places].double(),
-                        "targets": torch.tensor(text.response_ids),
-                    }
-                )
-        return outputs
-
-
-@pytest.fixture(scope="module")
-def two_tokenizers(workspace) -> Pair:
-    return Pair(workspace.student, workspace.teacher, workspace.train)
-
-
-@pytest.fixture(scope="module")
-def one_tokenizer(workspace) -> Pair:
-    return Pair(workspace.student, workspace.sibling, workspace.train)
+from tests.train.conftest import LAYERS, Pair
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -111,7 +53,10 @@ def test_chunks_change_nothing(one_tokenizer, monkeypatch) -> None:
 
     def losses_and_gradients() -> list[Tensor]:
         student, teacher = pair.states("student"), pair.states("teacher")
-        terms = [cross_entropy(student), kl(student, teacher, "js", 2.0)]
+        terms = [
+            cross_entropy(student),
+            kl(student, teacher, divergence="js", temperature=2.0).total,
+        ]
         parameters = list(pair.models["student"].parameters())
         # Twice through the same graph, as the gradient diagnostics do.
         torch.autograd.grad(sum(terms), student.hidden, retain_graph=True)
@@ -163,7 +108,8 @@ def test_kl(name, one_tokenizer) -> None:
         p = (theirs["logits"][:, :width] / 2).softmax(-1)
         total += sum(direct_divergence(name, a, b).item() for a, b in zip(p, q, strict=True))
     states = one_tokenizer.states("student"), one_tokenizer.states("teacher")
-    assert kl(*states, name, 2.0).item() == pytest.approx(total, rel=2e-5)
+    actual = kl(*states, divergence=name, temperature=2.0).total
+    assert actual.item() == pytest.approx(total, rel=2e-5)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -329,15 +275,15 @@ def test_objective_is_equation_16(one_tokenizer) -> None:
         alpha=0.3,
         ot_weight=0.25,
         cross_cot=cross_cot,
-        kd="kl",
+        kd=partial(kl, divergence="forward_kl", temperature=2.0),
     )
     output = distiller(**pair.batch)
     parts = output["parts"]
     student, teacher = pair.states("student"), pair.states("teacher")
     tokens = pair.batch["num_tokens"]
     assert parts["ce"].item() == pytest.approx(cross_entropy(student).item() / tokens)
-    expected_kd = kl(student, teacher, "forward_kl", 2.0).item() / tokens
-    assert parts["kd"].item() == pytest.approx(expected_kd)
+    expected_kd = distiller.kd(student, teacher).total / tokens
+    assert parts["kd"].item() == pytest.approx(expected_kd.item())
     assert parts["ot"].item() == pytest.approx((parts["ot/cst"] + parts["ot/crc"]).item())
     expected = 0.7 * parts["ce"] + 0.3 * (0.25 * parts["ot"] + parts["kd"])
     assert output["loss"].item() == pytest.approx(expected.item())

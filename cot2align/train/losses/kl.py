@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cot2align.train.config import UserError
+from cot2align.train.losses import KDLoss
 from cot2align.train.losses.divergences import DIVERGENCES
 from cot2align.train.token_states import TokenStates, sum_over_tokens
 
@@ -27,9 +28,10 @@ def same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeniz
         )
 
 
-def kl(student: TokenStates, teacher: TokenStates, divergence: str, temperature: float) -> Tensor:
-    """Sum over response tokens of the divergence of teacher and student, nats, float32; a
-    scalar."""
+def kl(
+    student: TokenStates, teacher: TokenStates, *, divergence: str, temperature: float
+) -> KDLoss:
+    """Sum over response tokens of the divergence of teacher and student, nats, float32."""
     vocabulary = min(student.vocabulary, teacher.vocabulary)
     distance = DIVERGENCES[divergence]
 
@@ -42,9 +44,10 @@ def kl(student: TokenStates, teacher: TokenStates, divergence: str, temperature:
         log_p = log_probabilities(teacher, teacher_hidden)
         return distance(log_p, log_q).sum()
 
-    return sum_over_tokens(
+    total = sum_over_tokens(
         chunk_sum,
         student.hidden,
         teacher.hidden,
         logits_per_token=student.vocabulary + teacher.vocabulary,
     )
+    return KDLoss(total, {}, {})
