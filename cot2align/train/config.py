@@ -127,9 +127,11 @@ class DistillConfig(TrainConfig):
     )
     alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
     kd: str = setting(
-        "none", "L_KD; kl needs one vocabulary for both", choices=("none", "kl", "uld")
+        "none", "L_KD; kl needs one vocabulary for both", choices=("none", "kl", "uld", "dskd")
     )
-    divergence: str = setting("forward_kl", "divergence inside L_KD, kl", choices=DIVERGENCES)
+    divergence: str = setting(
+        "forward_kl", "divergence inside L_KD, for kl and dskd", choices=DIVERGENCES
+    )
     temperature: float | None = setting(
         None, "softmax temperature of L_KD; none: 2, of uld 1", above=0
     )
@@ -148,7 +150,9 @@ class DistillConfig(TrainConfig):
     projection: str = setting(
         "shared", "one projection for all layers, or one each", choices=("shared", "per-layer")
     )
-    projection_learning_rate: float = setting(1e-3, "learning rate of the projection", above=0)
+    projection_learning_rate: float = setting(
+        1e-3, "learning rate of the projections, also dskd's", above=0
+    )
     ot_epsilon: float = setting(0.1, "entropic regularisation, 1/lambda of the paper", above=0)
     ot_iters: int = setting(100, "Sinkhorn iterations at most", at_least=1)
     ot_tol: float = setting(1e-6, "L1 marginal error that stops a problem; 0 = never", at_least=0)

@@ -310,9 +310,9 @@ def encode_rows(
     """Every row's texts for one model or two, and what was cut ("student", "teacher").
 
     texts: "standard", "cot" or "both"; a row without a rationale has no CoT text, and a row with no
-    text left is dropped. same_vocabulary: both tokenizers must give the same response ids (the KL
-    loss compares position by position). Raises UserError where they do not, or where no row is
-    left.
+    text left is dropped. same_vocabulary: both tokenizers must give the same response ids (the
+    models are compared position by position). Raises UserError where they do not, or where no row
+    is left.
     """
     pairs: list[list[TextPair]] = [[] for _ in rows]
     cuts: dict[str, list[Cuts]] = {"student": [], "teacher": []}
@@ -333,8 +333,8 @@ def encode_rows(
             )
             if same_vocabulary and not same_response:
                 raise UserError(
-                    "kd kl needs the same tokens for student and teacher, but their tokenizers "
-                    f"split the response of row {rows[index].id!r} differently"
+                    "student and teacher have one vocabulary, but their tokenizers split the "
+                    f"response of row {rows[index].id!r} differently"
                 )
             pairs[index].append(TextPair(is_cot, student_text, teacher_text))
     examples = [Example(tuple(row_pairs)) for row_pairs in pairs if row_pairs]

@@ -114,7 +114,10 @@ class Distiller(nn.Module):
 
     def projection_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained and saved beside the student, by name."""
-        return {} if self.cross_cot is None else dict(self.cross_cot.named_parameters())
+        parameters = {} if self.cross_cot is None else dict(self.cross_cot.named_parameters())
+        if isinstance(self.kd, nn.Module):
+            parameters |= {f"kd.{name}": p for name, p in self.kd.named_parameters()}
+        return parameters
 
 
 def _squared_gradient(term: Tensor, states: Tensor) -> Tensor:

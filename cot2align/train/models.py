@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -83,15 +84,22 @@ def width(model: PreTrainedModel) -> int:
     return model.config.get_text_config().hidden_size
 
 
-def lm_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+def lm_logits(
+    model: PreTrainedModel, hidden: torch.Tensor, *, frozen: bool = False
+) -> torch.Tensor:
     """Logits [T, V] of last hidden states [T, d]: the head, with its bias, and the scales that
-    configs name.
+    configs name. frozen: no gradient flows to the head's parameters.
 
     The attributes are those in use across transformers: `logit_scale` multiplies, `logits_scaling`
     divides, `final_logit_softcapping` is the bound c of c tanh(logits / c).
     """
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    if frozen:
+        constants = {name: p.detach() for name, p in head.named_parameters()}
+        logits = functional_call(head, constants, (hidden,))
+    else:
+        logits = head(hidden)
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale
     if (divisor := getattr(config, "logits_scaling", None)) is not None:

@@ -30,18 +30,23 @@ class TokenStates:
 
     layers: name ("embed", "last", or an index of hidden_states) -> [T, d]; "last" is always there.
     cu_seqlens: int32 [B + 1] on the CPU, the packed positions of each text.
-    hidden: [R, d], the last hidden states of the response; targets: int64 [R], what they predict;
-    cu_responses: int32 [B + 1] on the CPU, those of each text.
-    head: [n, d] -> logits [n, V]. vocabulary: V.
+    hidden: [R, d], the last hidden states of the response; inputs, targets: int64 [R], the token
+    at each of their positions and the one that it predicts; cu_responses: int32 [B + 1] on the CPU,
+    those of each text.
+    head: [n, d] -> logits [n, V]; frozen_head: the same, its parameters as constants. vocabulary:
+    V. embed: int64 [n] -> the embedding table's rows [n, d].
     """
 
     layers: dict[str, Tensor]
     cu_seqlens: Tensor
     hidden: Tensor
+    inputs: Tensor
     targets: Tensor
     cu_responses: Tensor
     head: Callable[[Tensor], Tensor]
+    frozen_head: Callable[[Tensor], Tensor]
     vocabulary: int
+    embed: Callable[[Tensor], Tensor]
 
 
 def token_states(
@@ -54,14 +59,18 @@ def token_states(
         for name in dict.fromkeys([*layers, "last"])
     }
     response = batch["response"]
+    inputs = batch["input_ids"].flatten().index_select(0, batch["positions"])
     return TokenStates(
         layers=packed,
         cu_seqlens=torch.tensor(batch["cu_seqlens"], dtype=torch.int32),
         hidden=packed["last"] if response is None else packed["last"].index_select(0, response),
+        inputs=inputs if response is None else inputs.index_select(0, response),
         targets=batch["targets"],
         cu_responses=torch.tensor(batch["cu_responses"], dtype=torch.int32),
         head=partial(lm_logits, model),
+        frozen_head=partial(lm_logits, model, frozen=True),
         vocabulary=model.get_output_embeddings().weight.shape[0],
+        embed=model.get_input_embeddings(),
     )
 
 
@@ -88,7 +97,7 @@ def check_layers(model: PreTrainedModel, layers: Sequence[str]) -> None:
 def sum_over_tokens(
     function: Callable[..., Tensor], *tensors: Tensor, logits_per_token: int
 ) -> Tensor:
-    """Sum of `function(*chunk)` over chunks of tokens, dimension 0 of all `tensors`; a scalar.
+    """Sum of `function(*chunk)` over chunks of tokens, dimension 0 of all `tensors`.
 
     `logits_per_token`: how many logits `function` makes of a token. One chunk is computed as it
     stands; of more, each is computed again in the backward pass.
@@ -103,4 +112,4 @@ def sum_over_tokens(
         )
         for start in range(0, total, chunk)
     ]
-    return torch.stack(parts).sum()
+    return torch.stack(parts).sum(0)

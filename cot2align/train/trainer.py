@@ -30,7 +30,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +47,7 @@ from cot2align.train.data import Example, TextEncoder, collate, encode_rows, rea
 from cot2align.train.distiller import Distiller
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
+from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.uld import uld
 from cot2align.train.models import Tokenizer, load_model, load_tokenizer, width
@@ -68,9 +76,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     if isinstance(config, DistillConfig):
         student_tokenizer = load(config.student)
         teacher_tokenizer = load(config.teacher)
-        same_tokens = config.kd == "kl"
-        if same_tokens:
-            same_vocabulary(student_tokenizer, teacher_tokenizer)
+        same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
     else:
         student_tokenizer = load(config.model)
     arguments = training_arguments(config)
@@ -151,23 +157,53 @@ def build_distiller(
             per_layer=config.projection == "per-layer",
             settings=ot_settings(config),
         )
+    same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
     distiller = Distiller(
         student,
         teacher,
         alpha=config.alpha,
         ot_weight=config.ot_weight,
         cross_cot=cross_cot,
-        kd=kd_loss(config),
+        kd=kd_loss(config, student, teacher, same_tokens=same_tokens),
     )
     return _prepared(config, distiller)
 
 
-def kd_loss(config: DistillConfig) -> Callable[[TokenStates, TokenStates], KDLoss] | None:
-    """L_KD as the config names it. Raises UserError for settings that contradict each other."""
+def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
+    """Whether L_KD compares two models at the same tokens. Raises UserError where it would have to
+    but cannot."""
+    if config.kd == "kl":
+        same_vocabulary(student, teacher)
+        return True
+    return config.kd == "dskd" and student.get_vocab() == teacher.get_vocab()
+
+
+def kd_loss(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel, *, same_tokens: bool
+) -> Callable[[TokenStates, TokenStates], KDLoss] | None:
+    """L_KD as the config names it. Raises UserError for settings that contradict each other.
+
+    same_tokens: the models are compared at the same tokens, see `one_vocabulary`.
+    """
     if config.kd == "uld" and config.divergence != "forward_kl":
         raise UserError(f"kd uld has no divergence, but 'divergence' is {config.divergence}")
     if config.kd == "kl":
         return partial(kl, divergence=config.divergence, temperature=config.temperature or 2.0)
+    if config.kd == "dskd":
+        for model in (student, teacher):
+            table: Any = model.get_input_embeddings().weight
+            if table.shape[1] != width(model):
+                raise UserError(
+                    f"kd dskd needs embeddings as wide as the hidden states, but "
+                    f"{type(model).__name__} has a narrower table"
+                )
+        return DSKD(
+            width(student),
+            width(teacher),
+            one_vocabulary=same_tokens,
+            divergence=config.divergence,
+            temperature=config.temperature or 2.0,
+        )
     if config.kd == "uld":
         return partial(uld, temperature=config.temperature or 1.0)
     return None

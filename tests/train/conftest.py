@@ -1,6 +1,9 @@
-"""Two loaded models with a batch, and every text of it alone: what the losses are tested on."""
+"""What the losses are tested on: two loaded models with a batch, and every text of it alone; states
+without a model."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.models import load_model, load_tokenizer
-from cot2align.train.token_states import token_states
+from cot2align.train.token_states import TokenStates, token_states
 from tests.conftest import MAX_LENGTH
 
 LAYERS = ("embed", "last", "1")
@@ -68,3 +71,32 @@ def two_tokenizers(workspace) -> Pair:
 @pytest.fixture(scope="session")
 def one_tokenizer(workspace) -> Pair:
     return Pair(workspace.student, workspace.sibling, workspace.train)
+
+
+def random_states(seed: int, lengths: list[int], width: int, vocabulary: int) -> TokenStates:
+    """States without a model, `lengths` response tokens a text; head and embeddings are matrices
+    that take part in no gradient but the head's own, `head.keywords["weight"]`."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(sum(lengths), width, generator=generator).requires_grad_()
+    weight = (
+        torch.randn(vocabulary, width, generator=generator) * 2 * width**-0.5
+    ).requires_grad_()
+    table = torch.randn(vocabulary, width, generator=generator)
+    inputs, targets = torch.randint(vocabulary, (2, sum(lengths)), generator=generator)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    return TokenStates(
+        layers={"last": hidden},
+        cu_seqlens=bounds,
+        hidden=hidden,
+        inputs=inputs,
+        targets=targets,
+        cu_responses=bounds,
+        head=partial(_matrix_head, weight=weight),
+        frozen_head=partial(_matrix_head, weight=weight.detach()),
+        vocabulary=vocabulary,
+        embed=table.__getitem__,
+    )
+
+
+def _matrix_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.to(hidden.dtype).T

@@ -11,8 +11,9 @@ from torch import Tensor
 from cot2align.train import token_states as token_states_module
 from cot2align.train.data import collate
 from cot2align.train.losses.uld import uld
-from cot2align.train.token_states import TokenStates, token_states
+from cot2align.train.token_states import token_states
 from tests.conftest import cli, log_of
+from tests.train.conftest import random_states
 
 
 def direct_uld(students: list[Tensor], teachers: list[Tensor], temperature: float) -> Tensor:
@@ -25,24 +26,6 @@ def direct_uld(students: list[Tensor], teachers: list[Tensor], temperature: floa
             p, q = (x + [0.0] * (max(len(p), len(q)) - len(x)) for x in (p, q))
             total += sum(abs(x - y) for x, y in zip(p, q, strict=True))
     return total
-
-
-def random_states(seed: int, lengths: list[int], width: int, vocabulary: int) -> TokenStates:
-    """States without a model; the head is a matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(sum(lengths), width, generator=generator).requires_grad_()
-    weight = torch.randn(vocabulary, width, generator=generator) * 2 * width**-0.5
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    targets = torch.zeros(sum(lengths), dtype=torch.int64)
-    return TokenStates(
-        layers={"last": hidden},
-        cu_seqlens=bounds,
-        hidden=hidden,
-        targets=targets,
-        cu_responses=bounds,
-        head=lambda states: states @ weight.to(states.dtype).T,
-        vocabulary=vocabulary,
-    )
 
 
 @pytest.mark.parametrize("pair_name", ["two_tokenizers", "one_tokenizer"])

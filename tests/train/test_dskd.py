@@ -1,0 +1,216 @@
+"""DSKD against its definition, text by text in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cot2align.train import token_states as token_states_module
+from cot2align.train.config import DistillConfig, UserError
+from cot2align.train.data import collate
+from cot2align.train.losses.dskd import DSKD
+from cot2align.train.token_states import TokenStates, token_states
+from cot2align.train.trainer import kd_loss
+from tests.conftest import cli, log_of
+from tests.train.conftest import Pair, random_states
+
+Module = Callable[[Tensor], Tensor]
+
+
+def direct_kl(p_logits: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
+    """[n, V], [n, V] -> [n]."""
+    p, q = ((logits / temperature).softmax(-1) for logits in (p_logits, q_logits))
+    return (p * (p / q).log()).sum(-1)
+
+
+def embeddings(states: TokenStates, text: slice) -> tuple[Tensor, Tensor]:
+    """Float64 constants [n, d] of a text's inputs and of its targets."""
+    inputs, targets = states.embed(states.inputs[text]), states.embed(states.targets[text])
+    return inputs.detach().double(), targets.detach().double()
+
+
+def direct_dskd(
+    dskd: DSKD, student: TokenStates, teacher: TokenStates, hidden: Tensor
+) -> dict[str, Tensor]:
+    """Float64 sums over texts, from the definitions; `hidden`: the student's states, float64."""
+    modules: dict[str, Module] = {
+        name: lambda x, m=m: x @ m.weight.double().T + m.bias.double()
+        for name, m in dskd.named_children()
+    }
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in ("ce", "t2s", "s2t", "correct")}
+    bounds = [states.cu_responses.tolist() for states in (student, teacher)]
+    for text in range(len(bounds[0]) - 1):
+        ours = slice(bounds[0][text], bounds[0][text + 1])
+        theirs = slice(bounds[1][text], bounds[1][text + 1])
+        h, H = hidden[ours], teacher.hidden.detach().double()[theirs]
+        target = student.targets[ours]
+        if dskd.query is None:
+            z, r = modules["t2s"](H), modules["s2t"](h)
+        else:
+            e_in, e_target = embeddings(student, ours)
+            E_in, E_target = embeddings(teacher, theirs)
+            query = modules["query"](torch.cat([e_in, e_target], -1))
+            key = torch.cat([E_in, E_target], -1)
+            key = key / key.std()
+            scores = query @ key.T / math.sqrt(key.shape[1])
+            value = modules["t2s"](H / H.std() + E_target / E_target.std())
+            z = scores.softmax(1) @ value
+            r = scores.T.softmax(1) @ modules["s2t"](h)
+        z, r = student.frozen_head(z), teacher.frozen_head(r)
+        sums["ce"] = sums["ce"] - z.log_softmax(-1)[range(len(target)), target].sum()
+        correct = z.argmax(-1) == target
+        distance = direct_kl(z.detach(), student.head(h), dskd.temperature)
+        counted = distance if dskd.query is None else distance[correct]
+        sums["t2s"] = sums["t2s"] + counted.sum()
+        sums["s2t"] = sums["s2t"] + direct_kl(teacher.frozen_head(H), r, dskd.temperature).sum()
+        sums["correct"] = sums["correct"] + correct.sum()
+    return sums
+
+
+@pytest.mark.parametrize("chunk", [10**6, 150])
+@pytest.mark.parametrize("one_vocabulary", [False, True])
+def test_values_and_gradients(one_vocabulary, chunk, monkeypatch) -> None:
+    monkeypatch.setattr(token_states_module, "LOGITS_PER_CHUNK", chunk)
+    torch.manual_seed(0)
+    lengths = [5, 1, 7], [5, 1, 7] if one_vocabulary else [4, 9, 2]
+    student = random_states(0, lengths[0], 8, 5)
+    teacher = random_states(1, lengths[1], 12, 5 if one_vocabulary else 11)
+    dskd = DSKD(8, 12, one_vocabulary=one_vocabulary, divergence="forward_kl", temperature=2.0)
+    actual = dskd(student, teacher)
+    hidden = student.hidden.detach().double().requires_grad_()
+    expected = direct_dskd(dskd, student, teacher, hidden)
+    for name, part in (("kd/t2s_ce", "ce"), ("kd/t2s", "t2s"), ("kd/s2t", "s2t")):
+        assert actual.parts[name].item() == pytest.approx(expected[part].item(), rel=1e-5)
+    total = expected["ce"] + expected["t2s"] + expected["s2t"]
+    assert actual.total.item() == pytest.approx(total.item(), rel=1e-5)
+    assert actual.metrics["dskd/t2s_accuracy"].tolist() == [expected["correct"].item(), 13]
+    assert 0 < expected["correct"] < 13
+
+    weight = student.head.keywords["weight"]
+    ours = torch.autograd.grad(actual.total, [student.hidden, weight, *dskd.parameters()])
+    theirs = torch.autograd.grad(total, [hidden, weight, *dskd.parameters()])
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert (gradient - exact).norm() <= 1e-5 * exact.norm()
+        assert exact.norm() > 0
+
+
+@pytest.mark.parametrize("pair_name", ["two_tokenizers", "one_tokenizer"])
+def test_models(pair_name, request) -> None:
+    pair = request.getfixturevalue(pair_name)
+    torch.manual_seed(0)
+    one_vocabulary = pair_name == "one_tokenizer"
+    dskd = DSKD(32, 48, one_vocabulary=one_vocabulary, divergence="forward_kl", temperature=2.0)
+    student, teacher = pair.states("student"), pair.states("teacher")
+    actual = dskd(student, teacher).total
+    expected = direct_dskd(
+        dskd, in_double(pair, "student"), in_double(pair, "teacher"), student.hidden.double()
+    )
+    total = expected["ce"] + expected["t2s"] + expected["s2t"]
+    assert actual.item() == pytest.approx(total.item(), rel=1e-5)
+    parameters = [*pair.models["student"].parameters(), *dskd.parameters()]
+    ours = torch.autograd.grad(actual, parameters, retain_graph=True)
+    theirs = torch.autograd.grad(total, parameters)
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert (gradient - exact).norm() <= 2e-5 * exact.norm()
+
+
+def in_double(pair: Pair, side: str) -> TokenStates:
+    """The states that the definition needs: the inputs read from the texts, the head a product."""
+    texts = [getattr(text, side) for example in pair.examples for text in example.texts]
+    inputs = [i for text in texts for i in text.ids[text.prompt_length - 1 : -1]]
+    model = pair.models[side]
+    weight = model.get_output_embeddings().weight.double()
+    return dataclasses.replace(
+        pair.states(side),
+        inputs=torch.tensor(inputs),
+        head=lambda hidden: hidden @ weight.T,
+        frozen_head=lambda hidden: hidden @ weight.detach().T,
+        embed=model.get_input_embeddings().weight.__getitem__,
+    )
+
+
+def test_a_teacher_equal_to_the_student() -> None:
+    states = random_states(0, [4, 2], 8, 11)
+    dskd = DSKD(8, 8, one_vocabulary=True, divergence="js", temperature=2.0)
+    for projector in (dskd.t2s, dskd.s2t):
+        nn.init.eye_(projector.weight)
+        nn.init.zeros_(projector.bias)
+    parts = dskd(states, states).parts
+    assert abs(parts["kd/t2s"]) < 1e-5
+    assert abs(parts["kd/s2t"]) < 1e-5
+    ce = nn.functional.cross_entropy(states.head(states.hidden), states.targets, reduction="sum")
+    assert parts["kd/t2s_ce"].item() == pytest.approx(ce.item(), rel=1e-5)
+
+
+def test_padding_and_the_order_of_rows_change_nothing(two_tokenizers) -> None:
+    pair = two_tokenizers
+    torch.manual_seed(0)
+    dskd = DSKD(32, 48, one_vocabulary=False, divergence="reverse_kl", temperature=2.0)
+
+    def total(batch) -> float:
+        sides = [token_states(pair.models[side], batch[side]) for side in ("student", "teacher")]
+        return dskd(*sides).total.item()
+
+    whole = total(pair.batch)
+    assert total(collate(pair.examples[::-1])) == pytest.approx(whole, rel=1e-5)
+    assert total(collate(pair.examples, "all")) == pytest.approx(whole, rel=1e-5)
+    alone = sum(total(collate([example])) for example in pair.examples)
+    assert alone == pytest.approx(whole, rel=1e-5)
+
+
+def test_run(distill_settings, tmp_path) -> None:
+    settings = {**distill_settings, "kd": "dskd", "layers": "last"}
+    assert cli("distill", output=tmp_path / "whole", **settings) == 0
+    divided = {**settings, "batch_size": 2, "gradient_accumulation": 2}
+    assert cli("distill", output=tmp_path / "divided", **divided) == 0
+    whole = log_of(tmp_path / "whole")
+    for ours, theirs in zip(log_of(tmp_path / "divided"), whole, strict=True):
+        assert ours["kd"] == pytest.approx(ours["kd/t2s_ce"] + ours["kd/t2s"] + ours["kd/s2t"])
+        assert ours["loss"] == pytest.approx(0.5 * (ours["ce"] + ours["kd"] + ours["ot"]))
+        assert 0 <= ours["dskd/t2s_accuracy"] <= 1
+        for name in ("kd", "kd/t2s_ce", "kd/s2t", "dskd/t2s_accuracy", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    saved = load_file(tmp_path / "whole" / "projections.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    assert shapes == {
+        "projections.0": (48, 32),
+        "kd.t2s.weight": (32, 48),
+        "kd.t2s.bias": (32,),
+        "kd.s2t.weight": (48, 32),
+        "kd.s2t.bias": (48,),
+        "kd.query.weight": (96, 64),
+        "kd.query.bias": (96,),
+    }
+
+
+def test_resumed_run_is_the_unbroken_one(distill_settings, workspace, tmp_path) -> None:
+    steps = {"max_steps": 4, "save_steps": 2, "checkpoints": 2}
+    sibling = {"teacher": workspace.sibling, "kd": "dskd", "ot": "off", "output": tmp_path / "out"}
+    assert cli("distill", **{**distill_settings, **sibling, **steps}) == 0
+    projections = tmp_path / "out" / "projections.safetensors"
+    unbroken = projections.read_bytes()
+    assert set(load_file(projections)) == {
+        "kd.t2s.weight", "kd.t2s.bias", "kd.s2t.weight", "kd.s2t.bias"
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    projections.unlink()
+    assert cli("distill", **{**distill_settings, **sibling, **steps}, resume="true") == 0
+    assert projections.read_bytes() == unbroken
+
+
+def test_embeddings_narrower_than_the_states_are_refused(two_tokenizers) -> None:
+    config = DistillConfig(train="t", output="o", student="s", teacher="t", kd="dskd")
+    models = SimpleNamespace(**two_tokenizers.models)
+    narrow = SimpleNamespace(
+        config=models.teacher.config, get_input_embeddings=lambda: nn.Embedding(3, 47)
+    )
+    with pytest.raises(UserError, match="kd dskd needs embeddings as wide as the hidden states"):
+        kd_loss(config, models.student, narrow, same_tokens=False)
