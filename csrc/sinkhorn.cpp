@@ -15,9 +15,9 @@
 //
 // Each iteration, in either direction, reads the matrix once: a row's dot product gives the row's
 // new value, which adds the row to the next column sums at once (`sweep`). Where 1/epsilon is so
-// large that E leaves the range of float, the same iterations run on logarithms (`LogSolver`). The
-// matrices of a problem (p, E, and the gradient's) are all that is ever held, per thread; problems
-// share tokens through `pairs`.
+// large that E leaves the range of float, the same iterations run on logarithms
+// (`iterate_logarithms`). A thread holds the matrices of one problem (p, E and the gradient's) and
+// the history of its vectors, 2 (N + M) floats an iteration; problems share tokens through `pairs`.
 //
 // Threads: problems that share a text form a group and are solved in order by one thread, so that
 // the sum of their gradients has one order; a group that would keep the others waiting, or whose
@@ -61,6 +61,7 @@ constexpr int lanes = 4, tile_rows = 4;
 constexpr int tile_cols = 2 * lanes;
 
 typedef float Vec __attribute__((vector_size(lanes * sizeof(float))));
+typedef uint32_t BitVec __attribute__((vector_size(lanes * sizeof(uint32_t))));
 typedef int32_t IntVec __attribute__((vector_size(lanes * sizeof(int32_t))));
 
 inline Vec load(const float* at) {
@@ -97,7 +98,7 @@ inline Vec exp(Vec x) {
   poly = poly * r + 0.5f;
   poly = poly * r + 1.f;
   poly = poly * r + 1.f;
-  IntVec bits, power;
+  BitVec bits, power;
   std::memcpy(&bits, &poly, sizeof bits);
   std::memcpy(&power, &shifted, sizeof power);
   bits += power << 23;
@@ -304,11 +305,12 @@ void sweep(const float* matrix, int64_t ld, int64_t first, int64_t last, const f
 }
 
 constexpr float never = -1e30f;  // a logarithm of nothing that stays finite under addition
-constexpr float largest_exponent =
-    64;  // 1/epsilon up to which products of E's, u's and v's entries fit in float
+// 1/epsilon up to which products of E's, u's and v's entries fit in float.
+constexpr float largest_exponent = 64;
 
-// One problem, as seen by one member of the team that solves it. Arrays named shared_ are the
-// team's, each member writing its own rows (or rank 0 the columns); the rest are the member's own.
+// One problem, as seen by one member of the team that solves it. Of the arrays that `take` cuts
+// from `shared` each member writes its own rows (or rank 0 the columns); those from `own` are its
+// own.
 class Solver {
  public:
   Solver(const Problems& problems, const Settings& settings, int64_t problem, Team team)
@@ -412,13 +414,19 @@ class Solver {
     return columns_ + ((2 * parity_ + of) * team_.size + team_.rank) * ld_;
   }
 
-  // Waits for every member's column sums and adds them up, in order.
-  void add_columns() {
+  // Waits for every member's column sums and adds them up, in order; `second`: of the second set.
+  void add_columns(float* second = nullptr) {
     team_.barrier->wait();
     const float* from = columns_ + 2 * parity_ * team_.size * ld_;
     std::copy_n(from, ld_, total_);
     for (int t = 1; t < team_.size; ++t)
       for (int64_t j = 0; j < ld_; ++j) total_[j] += from[t * ld_ + j];
+    if (second) {
+      const float* of = from + team_.size * ld_;
+      std::copy_n(of, ld_, second);
+      for (int t = 1; t < team_.size; ++t)
+        for (int64_t j = 0; j < ld_; ++j) second[j] += of[t * ld_ + j];
+    }
     parity_ ^= 1;
   }
 
@@ -629,22 +637,38 @@ class Solver {
     }
   }
 
+  // Adds row i of the plan after the column half of iteration k. Its columns sum to 1/M only but
+  // for the rounding of f and g, which 1/epsilon magnifies: the gradient divides by their own sums.
+  void add_masses(float* masses, int64_t i, int64_t k) {
+    const float *e = e_ + i * ld_, *g = v_ + (k - 1) * ld_;
+    const float f = u_at(k - 1)[i];
+    for (int64_t j = 0; j < ld_; j += lanes)
+      store(masses + j, load(masses + j) + exp(load(e + j) + load(g + j) + f));
+  }
+
   // Leaves sum_k (x_k v_k^T + u_{k-1} y_k^T) * E - W in ds_; W - x_K v_K^T * E is summed first,
   // since it cancels.
   void reverse_logarithms() {
-    const float columns = m_;
+    float* masses = my_columns(1);
+    std::fill_n(my_columns(), ld_, 0.f);
+    std::fill_n(masses, ld_, 0.f);
     for (int64_t i = begin_; i < end_; ++i) {
       plan_row(i);
       for (int64_t j = 0; j < ld_; j += lanes)
         store(ds_ + i * ld_ + j,
               load(t_ + j) * (static_cast<float>(row_[i]) - cost(load(p_ + i * ld_ + j))));
+      add_masses(masses, i, iterations_);
     }
-    for (int64_t j = 0; j < m_; ++j) total_[j] = -total_[j];
+    std::copy_n(total_, ld_, t_);  // gbar of the last iteration, from `finish`
+    add_columns(spread_);
+    for (int64_t j = 0; j < m_; ++j) total_[j] = -t_[j];  // as a sweep would have left it
     for (int64_t k = iterations_; k >= 1; --k) {
-      for (int64_t j = 0; j < m_; ++j) y_now_[j] = -total_[j] * columns;
+      for (int64_t j = 0; j < m_; ++j) y_now_[j] = -total_[j] / spread_[j];
       const float *f = u_at(k - 1), *g = v_ + (k - 1) * ld_, *g_before = g - ld_;
       float* sums = my_columns();
+      masses = my_columns(1);
       std::fill_n(sums, ld_, 0.f);
+      std::fill_n(masses, ld_, 0.f);
       for (int64_t i = begin_; i < end_; ++i) {
         const float* e = e_ + i * ld_;
         float* correction = ds_ + i * ld_;
@@ -667,8 +691,9 @@ class Solver {
           store(sums + j, load(sums + j) + term);
           store(correction + j, load(correction + j) + term);
         }
+        add_masses(masses, i, k - 1);
       }
-      if (k > 1) add_columns();
+      if (k > 1) add_columns(spread_);
     }
   }
 

@@ -7,6 +7,7 @@ install`; where it is missing, `missing()` says why and what to do.
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def missing() -> str | None:
         "cot2align was installed without its native part: "
         "reinstall with COT2ALIGN_NATIVE=1 and a C++ compiler"
     )
+
+
+def _cpus() -> int:
+    """The CPUs of this process: more threads than these would wait for each other."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def ot_loss(
@@ -68,7 +76,11 @@ def ot_loss(
     for dtype, group in ((torch.float32, floats), (torch.int64, integers)):
         for name, tensor in group.items():
             if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
-                raise ValueError(f"{name}: expected a contiguous {dtype} tensor on the CPU")
+                layout = "contiguous" if tensor.is_contiguous() else "strided"
+                raise ValueError(
+                    f"{name} must be a contiguous {dtype} tensor on the CPU, "
+                    f"got a {layout} {tensor.dtype} one on {tensor.device}"
+                )
     if x.dim() != 2 or z.dim() != 2 or x.shape[1] != z.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and z {tuple(z.shape)} must be [tokens, dim]")
     if pairs.shape != (len(weights), 2):
@@ -91,30 +103,35 @@ def ot_loss(
     iterations = torch.empty(len(pairs), dtype=torch.int32)
     dx = torch.empty_like(x) if need_x and gradient != "none" else x.new_empty(0)
     dz = torch.empty_like(z) if need_z and gradient != "none" else z.new_empty(0)
-    _native.ot_loss(
-        x.data_ptr(),
-        z.data_ptr(),
-        segments_x.data_ptr(),
-        segments_z.data_ptr(),
-        pairs.data_ptr(),
-        weights.data_ptr(),
-        tokens_x=len(x),
-        tokens_z=len(z),
-        count_x=len(segments_x),
-        count_z=len(segments_z),
-        count=len(pairs),
-        dim=x.shape[1],
-        scale=scale,
-        epsilon=epsilon,
-        tol=tol,
-        num_iters=num_iters,
-        gradient=gradient if need_x or need_z else "none",
-        num_threads=torch.get_num_threads(),
-        loss=loss.data_ptr(),
-        iterations=iterations.data_ptr(),
-        marginal_error=marginal_error.data_ptr(),
-        dx=dx.data_ptr(),
-        dz=dz.data_ptr(),
-        isa=isa or INSTRUCTION_SETS[0],
-    )
+    try:
+        _native.ot_loss(
+            x.data_ptr(),
+            z.data_ptr(),
+            segments_x.data_ptr(),
+            segments_z.data_ptr(),
+            pairs.data_ptr(),
+            weights.data_ptr(),
+            tokens_x=len(x),
+            tokens_z=len(z),
+            count_x=len(segments_x),
+            count_z=len(segments_z),
+            count=len(pairs),
+            dim=x.shape[1],
+            scale=scale,
+            epsilon=epsilon,
+            tol=tol,
+            num_iters=num_iters,
+            gradient=gradient if need_x or need_z else "none",
+            num_threads=min(torch.get_num_threads(), _cpus()),
+            loss=loss.data_ptr(),
+            iterations=iterations.data_ptr(),
+            marginal_error=marginal_error.data_ptr(),
+            dx=dx.data_ptr(),
+            dz=dz.data_ptr(),
+            isa=isa or INSTRUCTION_SETS[0],
+        )
+    except MemoryError:
+        raise MemoryError(
+            f"no memory for {num_iters} iterations: the gradient keeps 2 (N + M) floats of each"
+        ) from None
     return loss, iterations, marginal_error, dx, dz

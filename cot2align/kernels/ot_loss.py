@@ -49,7 +49,7 @@ def fused_ot_loss(
         projection: [D, d], `nn.Linear(D, d).weight.T`; None where D == d.
         student_mask, teacher_mask: bool [B, N] and [B, M], True for a token that counts; None: all
             do.
-        epsilon: entropic regularisation, 1/lambda of the paper.
+        epsilon: entropic regularisation, 1/lambda of the paper; accurate from 1e-3 to 1e3.
         num_iters: Sinkhorn iterations at most.
         tol: a problem stops when the L1 error of its plan's column sums is at most this; 0 = never.
         grad: "unrolled", the exact gradient of the iterations run; "implicit", at the fixed point;
@@ -124,7 +124,8 @@ def fused_ot_loss_varlen(
         pairs: int [Q, 2]: problem q aligns student segment pairs[q, 0] with teacher segment
             pairs[q, 1]; None: segment with segment. A token is projected once, however many
             problems it is in.
-        max_seqlen_student, max_seqlen_teacher: bounds of the lengths, known on the host.
+        max_seqlen_student, max_seqlen_teacher: bounds of the lengths, known on the host. The
+            reference reads them from the device where cu_seqlens is there and they are not given.
 
     Returns the loss, [Q] for `reduction="none"`. Raises as `fused_ot_loss` does.
     """
@@ -166,7 +167,13 @@ def ot_loss_terms(
     max_seqlen_teacher: int | None = None,
     settings: OTSettings,
 ) -> OTTerms:
-    """`fused_ot_loss_varlen` with a weight for each problem, [Q], and what a log wants to know."""
+    """`fused_ot_loss_varlen` with a weight for each problem, [Q], and what a log wants to know.
+
+    The weights get no gradient.
+    """
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"weights must be a floating-point tensor, got {got}")
     terms = _varlen(
         student,
         teacher,
@@ -315,8 +322,9 @@ def _check_tokens(student: Tensor, teacher: Tensor, projection: Tensor | None, f
     if dims == 3 and len(student) != len(teacher):
         raise ValueError(f"student has {len(student)} problems (axis 0), teacher {len(teacher)}")
     width, teacher_width = student.shape[-1], teacher.shape[-1]
-    if width == 0:
-        raise ValueError(f"student has width 0: shape {tuple(student.shape)}")
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} has width 0: shape {tuple(tensor.shape)}")
     if projection is None:
         if width != teacher_width:
             raise ValueError(
@@ -345,8 +353,10 @@ def _check_masks(
             raise ValueError(f"{name} is on {mask.device}, its tokens on {tokens.device}")
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor, bound: int | None) -> int:
-    """-> a bound of the lengths, read from the host if at all."""
+def _check_cu_seqlens(
+    name: str, cu_seqlens: Tensor, tokens: Tensor, bound: int | None
+) -> int | None:
+    """-> a bound of the lengths; None where it could only be read from the device."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
@@ -358,17 +368,23 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor, bound: int 
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 0):
         raise ValueError(f"{longest} must be an int >= 0 or None, got {bound!r}")
     if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
-        return len(tokens) if bound is None else bound
+        return bound
     lengths = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(tokens) or (lengths < 0).any():
         raise ValueError(
             f"{name} must rise from 0 to {len(tokens)}, the number of tokens, got "
-            f"{cu_seqlens.tolist() if len(cu_seqlens) <= 16 else cu_seqlens}"
+            + (str(cu_seqlens.tolist()) if len(cu_seqlens) <= 16 else _summary(cu_seqlens))
         )
     most = int(lengths.max()) if len(lengths) else 0
     if bound is not None and bound < most:
         raise ValueError(f"{longest} is {bound}, but a segment has {most} tokens")
     return most
+
+
+def _summary(cu_seqlens: Tensor) -> str:
+    falls = (cu_seqlens.diff() < 0).nonzero().flatten().tolist()
+    where = f", falling at index {falls[0] + 1}" if falls else ""
+    return f"{len(cu_seqlens)} values from {cu_seqlens[0]} to {cu_seqlens[-1]}{where}"
 
 
 def _check_pairs(
@@ -393,7 +409,7 @@ def _check_pairs(
                 f"pairs must name student segments below {segments_x} and teacher segments below "
                 f"{segments_y}, got values from {int(pairs.min())} to {most}"
             )
-    return pairs.to(device=device, dtype=torch.int64)
+    return pairs.to(device=device, dtype=torch.int64).contiguous()
 
 
 # ---- packing
@@ -450,7 +466,7 @@ def _varlen(
     if isinstance(weighting, Tensor):
         if weighting.shape != pairs.shape[:1]:
             raise ValueError(f"weights must be [{len(pairs)}], got {list(weighting.shape)}")
-        weights = weighting.to(device=device, dtype=torch.float32)
+        weights = weighting.detach().to(device=device, dtype=torch.float32).contiguous()
     elif weighting != "none":
         lengths = segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
         weights = _reduction_weights(*lengths, weighting)
@@ -468,9 +484,14 @@ def _varlen(
         )
 
 
-def _pad(tokens: Tensor, segments: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """[T, width] and segments [Q, 2] -> [Q, length, width] and their mask [Q, length]."""
-    step = torch.arange(max(length, 1), device=tokens.device)
+def _pad(tokens: Tensor, segments: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    """[T, width] and segments [Q, 2] -> [Q, length, width] and their mask [Q, length].
+
+    Without a bound from the host the longest length is read from the device.
+    """
+    if length is None:
+        length = int(segments[:, 1].max()) if len(segments) else 0
+    step = torch.arange(length, device=tokens.device)
     mask = step < segments[:, 1:]
     index = torch.where(mask, segments[:, :1] + step, len(tokens))
     behind = torch.cat((tokens, tokens.new_zeros(1, tokens.shape[1])))

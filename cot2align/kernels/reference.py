@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 GRADS = ("unrolled", "implicit", "detached")
 REDUCTIONS = ("mean", "sum", "none")
@@ -63,8 +64,8 @@ class OTSettings:
             raise ValueError(f"tol must be a finite number >= 0, got {self.tol}")
         if isinstance(self.num_iters, bool) or not isinstance(self.num_iters, int):
             raise TypeError(f"num_iters must be an int, got {type(self.num_iters).__name__}")
-        if self.num_iters < 1:
-            raise ValueError(f"num_iters must be >= 1, got {self.num_iters}")
+        if not 1 <= self.num_iters < 2**31:
+            raise ValueError(f"num_iters must be from 1 to 2**31 - 1, got {self.num_iters}")
         if self.grad not in GRADS:
             raise ValueError(f"grad must be one of {', '.join(GRADS)}, got {self.grad!r}")
         if self.backend not in BACKENDS:
@@ -142,6 +143,10 @@ def solve(
         x, y = student.to(dtype), teacher.to(dtype)
         rows = _all_valid(x) if student_mask is None else student_mask
         cols = _all_valid(y) if teacher_mask is None else teacher_mask
+        n, m = x.shape[1], y.shape[1]
+        if n == 0 or m == 0:  # a side needs a position, if only a masked one
+            x, y = F.pad(x, (0, 0, 0, 1)), F.pad(y, (0, 0, 0, 1))
+            rows, cols = F.pad(rows, (0, 1)), F.pad(cols, (0, 1))
         # What stands at a masked position may be NaN; zero times NaN would reach the gradient.
         x = x.masked_fill(~rows[..., None], 0.0)
         y = y.masked_fill(~cols[..., None], 0.0)
@@ -166,8 +171,8 @@ def solve(
 
         shown = (valid[:, None] & rows)[:, :, None] & cols[:, None, :]
         return OTPlan(
-            plan.detach().masked_fill(~shown, 0.0),
-            cost.detach().masked_fill(~shown, 0.0),
+            plan.detach().masked_fill(~shown, 0.0)[:, :n, :m],
+            cost.detach().masked_fill(~shown, 0.0)[:, :n, :m],
             torch.where(valid, loss, 0.0),
             num_iters.masked_fill(~valid, 0),
             marginal_error.masked_fill(~valid, 0.0),
