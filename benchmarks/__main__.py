@@ -1,4 +1,4 @@
-"""python -m benchmarks list | run [CASE...] [--repeats N] [--threads N] [--out FILE]
+"""python -m benchmarks list | run [CASE...] [--repeats N] [--threads N] [--out FILE] | table FILE
 
 Runs every way of computing the loss on the same problem, in turns, and prints for each the median
 time of forward + backward and how many times faster than naive PyTorch it is. Before that it
@@ -11,6 +11,7 @@ import argparse
 import csv
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -104,14 +105,32 @@ def measure(case: Case, repeats: int) -> list[dict[str, object]]:
 
 
 def surroundings() -> dict[str, object]:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = "unknown"
+    if shutil.which("git"):
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
     return {
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "versions": f"cot2align {cot2align.__version__}, torch {torch.__version__}",
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
     }
+
+
+def table(path: Path) -> str:
+    """A results file as Markdown."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    titles = ["problems", *(f"{way}, ms" for way in ways), "native is faster", "gradient error"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of = {row["way"]: row for row in rows if row["case"] == case}
+        times = " | ".join(f"{float(of[way]['p50_ms']):.4g}" for way in ways)
+        native = of["native"]
+        lines.append(f"| {case} | {times} | {native['faster']} x | {native['gradient_error']} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -125,7 +144,12 @@ def main() -> int:
     run.add_argument("--repeats", type=int, default=7, help="runs of each way (default: 7)")
     run.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
     run.add_argument("--out", type=Path, help="a CSV file to write")
+    show = commands.add_parser("table", help="a results file as the README's table")
+    show.add_argument("file", type=Path, help="a CSV file of `run`")
     options = parser.parse_args()
+    if options.command == "table":
+        print(table(options.file))
+        return 0
     if options.command == "list":
         for case in CASES.values():
             print(case)
@@ -133,8 +157,13 @@ def main() -> int:
         return 0
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"unknown case {sorted(unknown)[0]}, expected of {', '.join(CASES)}")
-    if options.threads:
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if options.out:  # an unwritable place is found before the measuring
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.touch()
     rows = []
     for name in options.cases or CASES:
         for row in measure(CASES[name], options.repeats):
@@ -145,7 +174,6 @@ def main() -> int:
                 f"loss {row['loss_error']}, gradient {row['gradient_error']}"
             )
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
