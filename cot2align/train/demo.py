@@ -66,8 +66,8 @@ class DemoConfig:
     """Fine-tune a teacher and a student, distil, evaluate and compare, on generated problems."""
 
     output: str = setting("runs/demo", "output folder; an unfinished demo in it is continued")
-    train_rows: int = setting(4000, "training problems", at_least=1, at_most=20_000)
-    test_rows: int = setting(200, "test problems", at_least=1, at_most=1000)
+    train_rows: int = setting(4000, "training problems", at_least=1, at_most=8000)
+    test_rows: int = setting(200, "test problems", at_least=1, at_most=500)
     steps: int = setting(800, "optimizer steps of each training", at_least=1)
     batch_size: int = setting(16, "problems per optimizer step", at_least=1)
     seed: int = setting(10, "seed of the problems, the models and the training", at_least=0)
