@@ -34,7 +34,7 @@ class Case:
         """float32 tokens of unit scale; the responses' lengths as in Dolly where ragged."""
         generator = torch.Generator().manual_seed(seed)
         normal = partial(torch.randn, generator=generator)
-        masks = [None, None]
+        masks: list[Tensor | None] = [None, None]
         if self.ragged:
             # Log-normal with a median of 55 tokens, cut at n and m: as Dolly's responses.
             lengths = 55 * torch.exp(0.9 * normal(self.problems))
