@@ -4,8 +4,10 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "sinkhorn.h"
+#include "token_alignment.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -133,6 +135,13 @@ PYBIND11_MODULE(_native, module) {
     sets.append("baseline");
     return sets;
   });
+  using cot2align::TokenIndex;
+  py::class_<TokenIndex>(module, "TokenIndex", "token_alignment.h, on lists of bytes")
+      .def(py::init<std::vector<std::string>>(), "tokens"_a)
+      .def("nearest", &TokenIndex::nearest, "queries"_a, py::kw_only(), "num_threads"_a,
+           py::call_guard<py::gil_scoped_release>());
+  module.def("align_tokens", &cot2align::align_tokens, "x"_a, "y"_a,
+             py::call_guard<py::gil_scoped_release>());
   module.def("build_info", &build_info,
              "version, compiler, instruction_set, openmp, cuda, cuda_archs");
 #ifdef COT2ALIGN_CUDA_ARCHS

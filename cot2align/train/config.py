@@ -127,13 +127,18 @@ class DistillConfig(TrainConfig):
     )
     alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
     kd: str = setting(
-        "none", "L_KD; kl needs one vocabulary for both", choices=("none", "kl", "uld", "dskd")
+        "none",
+        "L_KD; kl needs one vocabulary for both",
+        choices=("none", "kl", "uld", "mined", "dskd"),
     )
     divergence: str = setting(
         "forward_kl", "divergence inside L_KD, for kl and dskd", choices=DIVERGENCES
     )
     temperature: float | None = setting(
         None, "softmax temperature of L_KD; none: 2, of uld 1", above=0
+    )
+    token_maps: str | None = setting(
+        None, "folder that keeps mined's vocabulary maps; none: ~/.cache/cot2align"
     )
     ot: bool = setting(True, "L_CCoT, the OT alignment")
     cst: bool = setting(True, "its same-format pairs, eq. 7")

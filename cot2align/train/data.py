@@ -18,7 +18,7 @@ nothing back from the device.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,11 +174,13 @@ class Text:
 
 @dataclass(frozen=True)
 class TextPair:
-    """One text as the student's and, in distillation, the teacher's tokens."""
+    """One text as the student's and, in distillation, the teacher's tokens; with MinED, for each
+    token of the student's response the place of its partner in the teacher's, or -1."""
 
     is_cot: bool
     student: Text
     teacher: Text | None = None
+    alignment: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -306,13 +308,14 @@ def encode_rows(
     *,
     texts: str = "both",
     same_vocabulary: bool = False,
+    align: Callable[[Sequence[int], Sequence[int]], list[int]] | None = None,
 ) -> tuple[list[Example], dict[str, Cuts]]:
     """Every row's texts for one model or two, and what was cut ("student", "teacher").
 
     texts: "standard", "cot" or "both"; a row without a rationale has no CoT text, and a row with no
     text left is dropped. same_vocabulary: both tokenizers must give the same response ids (the
     models are compared position by position). Raises UserError where they do not, or where no row
-    is left.
+    is left. align: (student's, teacher's response ids) -> TextPair.alignment.
     """
     pairs: list[list[TextPair]] = [[] for _ in rows]
     cuts: dict[str, list[Cuts]] = {"student": [], "teacher": []}
@@ -336,7 +339,10 @@ def encode_rows(
                     "student and teacher have one vocabulary, but their tokenizers split the "
                     f"response of row {rows[index].id!r} differently"
                 )
-            pairs[index].append(TextPair(is_cot, student_text, teacher_text))
+            alignment = None
+            if align is not None and teacher_text is not None:
+                alignment = align(student_text.response_ids, teacher_text.response_ids)
+            pairs[index].append(TextPair(is_cot, student_text, teacher_text, alignment))
     examples = [Example(tuple(row_pairs)) for row_pairs in pairs if row_pairs]
     if not examples:
         raise UserError("no row has a rationale, and texts is 'cot': nothing to train on")
@@ -355,7 +361,9 @@ def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, 
 
     Returns {"student": model batch, "teacher": model batch (in distillation only), "text_rows": [B]
     row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows"}. See
-    `model_batch`.
+    `model_batch`. With MinED the student's has an "alignment" of its R response tokens: int64
+    "student" [A] and "teacher" [A], the aligned ones and their partners of the teacher's, and
+    "unaligned" [R - A].
     """
     texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
     batch: dict[str, Any] = {
@@ -368,6 +376,22 @@ def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, 
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:
         batch["teacher"] = model_batch(teacher_texts, tokens)
+    alignments = [pair.alignment for _, pair in texts if pair.alignment is not None]
+    if alignments:
+        starts = batch["teacher"]["cu_responses"]
+        partners = torch.tensor(
+            [
+                place + start if place >= 0 else -1
+                for start, alignment in zip(starts, alignments, strict=False)
+                for place in alignment
+            ],
+            dtype=torch.int64,
+        )
+        batch["student"]["alignment"] = {
+            "student": (partners >= 0).nonzero()[:, 0],
+            "teacher": partners[partners >= 0],
+            "unaligned": (partners < 0).nonzero()[:, 0],
+        }
     return batch
 
 

@@ -35,6 +35,7 @@ class TokenStates:
     those of each text.
     head: [n, d] -> logits [n, V]; frozen_head: the same, its parameters as constants. vocabulary:
     V. embed: int64 [n] -> the embedding table's rows [n, d].
+    alignment: of a student with MinED, see `data.collate`.
     """
 
     layers: dict[str, Tensor]
@@ -47,6 +48,7 @@ class TokenStates:
     frozen_head: Callable[[Tensor], Tensor]
     vocabulary: int
     embed: Callable[[Tensor], Tensor]
+    alignment: dict[str, Tensor] | None = None
 
 
 def token_states(
@@ -71,6 +73,7 @@ def token_states(
         frozen_head=partial(lm_logits, model, frozen=True),
         vocabulary=model.get_output_embeddings().weight.shape[0],
         embed=model.get_input_embeddings(),
+        alignment=batch.get("alignment"),
     )
 
 

@@ -49,6 +49,7 @@ from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
+from cot2align.train.losses.mined import MinED, TokenAligner
 from cot2align.train.losses.uld import uld
 from cot2align.train.models import Tokenizer, load_model, load_tokenizer, width
 from cot2align.train.token_states import TokenStates, check_layers
@@ -71,17 +72,20 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     set_seed(config.seed)
     load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
+    arguments = training_arguments(config)
     teacher_tokenizer = None
     same_tokens = False
+    align = None
     if isinstance(config, DistillConfig):
         student_tokenizer = load(config.student)
         teacher_tokenizer = load(config.teacher)
         same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
+        _check_backend(config, arguments.device)
+        if config.kd == "mined":
+            with arguments.main_process_first():
+                align = TokenAligner(student_tokenizer, teacher_tokenizer, config.token_maps)
     else:
         student_tokenizer = load(config.model)
-    arguments = training_arguments(config)
-    if isinstance(config, DistillConfig):
-        _check_backend(config, arguments.device)
 
     encode = partial(
         encode_rows,
@@ -89,6 +93,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         teacher=None if teacher_tokenizer is None else _encoder(config, teacher_tokenizer),
         texts=config.texts,
         same_vocabulary=same_tokens,
+        align=align,
     )
     examples, cuts = encode(rows)
     eval_examples = None if eval_rows is None else encode(eval_rows)[0]
@@ -100,7 +105,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
                 print(f"{name} texts {cut}", flush=True)
 
     trainer = DistillTrainer(
-        build_distiller(config, student_tokenizer, teacher_tokenizer),
+        build_distiller(config, student_tokenizer, teacher_tokenizer, align),
         arguments,
         config,
         student_tokenizer,
@@ -128,9 +133,10 @@ def build_distiller(
     config: SFTConfig | DistillConfig,
     student_tokenizer: Tokenizer,
     teacher_tokenizer: Tokenizer | None = None,
+    aligner: TokenAligner | None = None,
 ) -> Distiller:
-    """Load the models that the config names and put the objective between them. Raises
-    UserError."""
+    """Load the models that the config names and put the objective between them; MinED needs the
+    `aligner` of the tokenizers. Raises UserError."""
     load = partial(
         load_model, max_length=config.max_length, trust_remote_code=config.trust_remote_code
     )
@@ -158,20 +164,24 @@ def build_distiller(
             settings=ot_settings(config),
         )
     same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
+    kd = kd_loss(config, student, teacher, same_tokens=same_tokens, aligner=aligner)
     distiller = Distiller(
         student,
         teacher,
         alpha=config.alpha,
         ot_weight=config.ot_weight,
         cross_cot=cross_cot,
-        kd=kd_loss(config, student, teacher, same_tokens=same_tokens),
+        kd=kd,
     )
     return _prepared(config, distiller)
 
 
 def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
     """Whether L_KD compares two models at the same tokens. Raises UserError where it would have to
-    but cannot."""
+    but cannot, and for a divergence that it does not have."""
+    if config.kd in ("uld", "mined") and config.divergence != "forward_kl":
+        fixed = {"uld": "no divergence", "mined": "forward_kl"}[config.kd]
+        raise UserError(f"kd {config.kd} has {fixed}, but 'divergence' is {config.divergence}")
     if config.kd == "kl":
         same_vocabulary(student, teacher)
         return True
@@ -179,14 +189,18 @@ def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer
 
 
 def kd_loss(
-    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel, *, same_tokens: bool
+    config: DistillConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    *,
+    same_tokens: bool,
+    aligner: TokenAligner | None = None,
 ) -> Callable[[TokenStates, TokenStates], KDLoss] | None:
-    """L_KD as the config names it. Raises UserError for settings that contradict each other.
+    """L_KD as the config names it. Raises UserError for models that it cannot take.
 
-    same_tokens: the models are compared at the same tokens, see `one_vocabulary`.
+    same_tokens: the models are compared at the same tokens, see `one_vocabulary`. aligner: of the
+    two tokenizers, for MinED.
     """
-    if config.kd == "uld" and config.divergence != "forward_kl":
-        raise UserError(f"kd uld has no divergence, but 'divergence' is {config.divergence}")
     if config.kd == "kl":
         return partial(kl, divergence=config.divergence, temperature=config.temperature or 2.0)
     if config.kd == "dskd":
@@ -204,6 +218,9 @@ def kd_loss(
             divergence=config.divergence,
             temperature=config.temperature or 2.0,
         )
+    if config.kd == "mined":
+        assert aligner is not None
+        return MinED(aligner.student_ids, temperature=config.temperature or 2.0)
     if config.kd == "uld":
         return partial(uld, temperature=config.temperature or 1.0)
     return None

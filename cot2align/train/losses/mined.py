@@ -1,0 +1,206 @@
+"""L_KD between two vocabularies by minimum edit distance (MinED).
+
+    aligned tokens   KL(p, q)     p: the teacher's logits moved into the student's vocabulary
+    all others       -log q(target)
+
+A token is the bytes that it stands for: byte-level alphabets, SentencePiece's space marker and its
+<0x0A> are read back, so that tokens of any two tokenizers can be compared. The vocabulary map sends
+a teacher's token to the student's equal one, else to the one of least edit distance (of several the
+first id); special tokens only to the special token of the same role. A response's two tokenizations
+are aligned by time warping on edit distances. A student token is aligned if that matches it with
+exactly one teacher token and the map sends this one to it.
+
+The moved logit of a student token is that of the first teacher id that is mapped to it; without
+any, its p is 0. Softmaxes are at the temperature, with no factor for it.
+
+Map and alignments depend on token ids alone: both are computed before training, by compiled code,
+and the map is kept on disk, under the hash of the two vocabularies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from cot2align.kernels.token_alignment import align_tokens, nearest_tokens
+from cot2align.train.config import UserError
+from cot2align.train.losses import KDLoss
+from cot2align.train.losses.divergences import forward_kl
+from cot2align.train.token_states import TokenStates, sum_over_tokens
+
+ROLES = ("eos", "bos", "unk", "pad")
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# The characters that byte-level tokenizers write bytes as.
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
+
+
+class Vocabulary:
+    """What every token of a tokenizer stands for.
+
+    tokens: bytes by id. roles: id -> the role of a special token, the first of ROLES that it has.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        backend = tokenizer.backend_tokenizer
+        stages = (backend.decoder, backend.pre_tokenizer)
+        byte_level = any(b'"ByteLevel"' in stage.__getstate__() for stage in stages if stage)
+        added = tokenizer.get_added_vocab()
+        ids = tokenizer.get_vocab()
+        # Ids that no token has are not empty: an empty token is near to every short one.
+        self.tokens = [b"\xff" * 256] * (max(ids.values()) + 1)
+        for token, token_id in ids.items():
+            literal = token in added
+            self.tokens[token_id] = token.encode() if literal else _bytes(token, byte_level)
+        self.roles: dict[int, str] = {}
+        for role in ROLES:
+            token_id = getattr(tokenizer, f"{role}_token_id")
+            if token_id is not None and token_id not in self.roles:
+                self.roles[token_id] = role
+                # No text has the byte 0xff: far from every other token, equal to its counterpart.
+                self.tokens[token_id] = b"\xff" + role.encode()
+
+    @property
+    def ordinary(self) -> list[int]:
+        """The ids of all tokens without a role."""
+        return [token_id for token_id in range(len(self.tokens)) if token_id not in self.roles]
+
+
+class TokenAligner:
+    """The vocabulary map of a pair of tokenizers, and alignments of responses by it.
+
+    student_ids: int64 [V_teacher], -1 for special tokens without a counterpart.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        folder: str | None = None,
+    ):
+        """Read the map from `folder` (none: ~/.cache/cot2align) or make it and write it there.
+        Raises UserError where the folder cannot be written."""
+        self.student, self.teacher = Vocabulary(student), Vocabulary(teacher)
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = Path(folder or Path(cache, "cot2align")) / f"token-map-{self._key()}.safetensors"
+        if path.exists():
+            self.student_ids = load_file(path)["student_ids"]
+            return
+        self.student_ids = vocabulary_map(self.student, self.teacher)
+        part = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"student_ids": self.student_ids}, part)
+            part.replace(path)
+        except OSError as error:
+            raise UserError(f"token map {path}: {error.strerror or error}") from None
+
+    def __call__(self, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> list[int]:
+        """For each student token of a response the place of the teacher's that it is aligned with,
+        or -1."""
+        partners = align_tokens(
+            [self.student.tokens[i] for i in student_ids],
+            [self.teacher.tokens[i] for i in teacher_ids],
+        )
+        mapped = self.student_ids[list(teacher_ids)].tolist()
+        return [
+            partner if partner >= 0 and mapped[partner] == student_id else -1
+            for student_id, partner in zip(student_ids, partners, strict=True)
+        ]
+
+    def _key(self) -> str:
+        digest = hashlib.sha256()
+        for vocabulary in (self.student, self.teacher):
+            roles = sorted(vocabulary.roles.items())
+            digest.update(f"{len(vocabulary.tokens)} {roles} ".encode())
+            for token in vocabulary.tokens:
+                digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()[:32]
+
+
+def vocabulary_map(student: Vocabulary, teacher: Vocabulary) -> Tensor:
+    """int64 [V_teacher]: the student's id for each of the teacher's, -1 for special tokens without
+    a counterpart."""
+    ids = torch.full((len(teacher.tokens),), -1)
+    candidates, queries = student.ordinary, teacher.ordinary
+    with tqdm(total=len(queries), unit="token", desc="token map", delay=2) as progress:
+        found = nearest_tokens(
+            [teacher.tokens[i] for i in queries],
+            [student.tokens[i] for i in candidates],
+            progress.update,
+        )
+    ids[queries] = torch.tensor(candidates)[found]
+    counterparts = {role: token_id for token_id, role in student.roles.items()}
+    for token_id, role in teacher.roles.items():
+        ids[token_id] = counterparts.get(role, -1)
+    return ids
+
+
+class MinED(nn.Module):
+    """student_ids: the vocabulary map, int64 [V_teacher], -1 for none."""
+
+    def __init__(self, student_ids: Tensor, *, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+        teacher_ids = torch.arange(len(student_ids))[student_ids >= 0].flip(0)
+        # Of several, the first teacher id is written last.
+        first = dict(zip(student_ids[teacher_ids].tolist(), teacher_ids.tolist(), strict=True))
+        self.reached: Tensor
+        self.source: Tensor
+        # int64 [K]: the student's ids that some token is mapped to, and where their logits are.
+        self.register_buffer("reached", torch.tensor(list(first)), persistent=False)
+        self.register_buffer("source", torch.tensor(list(first.values())), persistent=False)
+
+    def forward(self, student: TokenStates, teacher: TokenStates) -> KDLoss:
+        """Sum over the student's response tokens, nats, float32. parts: "kd/aligned", "kd/gold".
+        metrics: "mined/aligned_share"."""
+        assert student.alignment is not None
+        ours, theirs, rest = (
+            student.alignment[name] for name in ("student", "teacher", "unaligned")
+        )
+        aligned = sum_over_tokens(
+            lambda *chunk: self._moved_kl(student, teacher, *chunk),
+            student.hidden.index_select(0, ours),
+            teacher.hidden.index_select(0, theirs),
+            logits_per_token=student.vocabulary + teacher.vocabulary,
+        )
+        gold = sum_over_tokens(
+            lambda hidden, targets: F.cross_entropy(
+                student.head(hidden).float() / self.temperature, targets, reduction="sum"
+            ),
+            student.hidden.index_select(0, rest),
+            student.targets.index_select(0, rest),
+            logits_per_token=student.vocabulary,
+        )
+        share = torch.tensor([len(ours), len(student.targets)], dtype=torch.float32)
+        return KDLoss(
+            aligned + gold,
+            {"kd/aligned": aligned.detach(), "kd/gold": gold.detach()},
+            {"mined/aligned_share": share.to(gold.device)},
+        )
+
+    def _moved_kl(
+        self, student: TokenStates, teacher: TokenStates, ours: Tensor, theirs: Tensor
+    ) -> Tensor:
+        moved = teacher.head(theirs).index_select(1, self.source).float() / self.temperature
+        log_q = (student.head(ours).float() / self.temperature).log_softmax(-1)
+        return forward_kl(moved.log_softmax(-1), log_q.index_select(1, self.reached)).sum()
+
+
+def _bytes(token: str, byte_level: bool) -> bytes:
+    if byte_level and all(character in BYTE_OF for character in token):
+        return bytes(BYTE_OF[character] for character in token)
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()

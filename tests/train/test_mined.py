@@ -1,0 +1,236 @@
+"""MinED against its definition, text by text in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from cot2align.train import token_states as token_states_module
+from cot2align.train.config import UserError
+from cot2align.train.data import collate, encode_rows, read_rows
+from cot2align.train.losses import mined as mined_module
+from cot2align.train.losses.kl import kl
+from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, vocabulary_map
+from cot2align.train.models import load_tokenizer
+from cot2align.train.token_states import token_states
+from tests.conftest import cli, log_of
+from tests.kernels.test_token_alignment import direct_alignment, direct_distance
+from tests.train.conftest import Pair, random_states
+
+# Two-byte letters, a line end of two characters, CJK, emoji that are joined.
+TEXT = "Add 3 and 4:\r\n\tna\u00efve caf\u00e9 \u2014 \u6f22\u5b57 \U0001f468\u200d\U0001f469 1 < 2"
+
+
+def byte_fallback_unigram():
+    """SentencePiece's kind of tokenizer, ASCII and a few words, everything else as bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((f"<0x{i:02X}>", 0.0) for i in range(256))]
+    words = [f"{space}{word}" for space in ("", "\u2581") for word in ("Add", "and", "caf", "na")]
+    pieces += [(piece, -2.0) for piece in [*words, "\u2581", *map(chr, range(33, 127))]]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(workspace):
+    return load_tokenizer(workspace.student), load_tokenizer(workspace.teacher)
+
+
+@pytest.fixture(scope="module")
+def aligner(tokenizers, tmp_path_factory) -> TokenAligner:
+    return TokenAligner(*tokenizers, str(tmp_path_factory.mktemp("maps")))
+
+
+def test_tokens_are_the_bytes_of_their_text(tokenizers) -> None:
+    for tokenizer, prefix in ((tokenizers[0], ""), (byte_fallback_unigram(), " ")):
+        tokens = Vocabulary(tokenizer).tokens
+        ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        assert b"".join(tokens[i] for i in ids) == (prefix + TEXT).encode()
+    unigram = Vocabulary(tokenizers[1])
+    ids = tokenizers[1]("Add 3 and 4.")["input_ids"]
+    assert b"".join(unigram.tokens[i] for i in ids) == b"\xffbos Add 3 and 4."
+    assert unigram.roles == {0: "unk", 1: "bos", 2: "eos", 3: "pad"}
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_vocabulary_map(fallback, tokenizers) -> None:
+    student = Vocabulary(tokenizers[0])
+    teacher = Vocabulary(byte_fallback_unigram() if fallback else tokenizers[1])
+    ids = vocabulary_map(student, teacher).tolist()
+    assert student.roles == {0: "eos"}
+    for token_id, found in enumerate(ids):
+        if token_id in teacher.roles:
+            assert found == (0 if teacher.roles[token_id] == "eos" else -1)
+            continue
+        token = teacher.tokens[token_id]
+        distances = [direct_distance(token, other) for other in student.tokens[1:]]
+        assert found == 1 + distances.index(min(distances))
+    if fallback:  # every byte is a token on both sides
+        assert all(
+            student.tokens[found] == teacher.tokens[i + 2] for i, found in enumerate(ids[2:258])
+        )
+
+
+def test_alignment_of_responses(aligner, tokenizers) -> None:
+    generator = random.Random(0)
+    words = ["Add", "sum", "the", "is", "First", "12", "7.", "done", "so", "numbers", TEXT]
+    aligned = 0
+    for _ in range(200):
+        text = " ".join(generator.choices(words, k=generator.randint(1, 8)))
+        ours, theirs = (t(text, add_special_tokens=False)["input_ids"] for t in tokenizers)
+        ours.append(tokenizers[0].eos_token_id)
+        if generator.random() < 0.5:
+            theirs.append(tokenizers[1].eos_token_id)
+        partners = direct_alignment(
+            [aligner.student.tokens[i] for i in ours], [aligner.teacher.tokens[i] for i in theirs]
+        )
+        expected = [
+            j if j >= 0 and aligner.student_ids[theirs[j]] == i else -1
+            for i, j in zip(ours, partners, strict=True)
+        ]
+        assert aligner(ours, theirs) == expected
+        aligned += sum(j >= 0 for j in expected)
+    assert aligned > 400
+
+
+def test_the_map_is_kept(tokenizers, tmp_path, monkeypatch) -> None:
+    made = TokenAligner(*tokenizers, str(tmp_path)).student_ids
+    (file,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(mined_module, "vocabulary_map", None)
+        assert torch.equal(TokenAligner(*tokenizers, str(tmp_path)).student_ids, made)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        (tmp_path / "cache" / "cot2align").mkdir(parents=True)
+        file.rename(tmp_path / "cache" / "cot2align" / file.name)
+        assert torch.equal(TokenAligner(*tokenizers).student_ids, made)
+    TokenAligner(*tokenizers[::-1], str(tmp_path / "other"))
+    (other,) = (tmp_path / "other").iterdir()
+    assert other.name != file.name
+    with pytest.raises(UserError, match=r"token map .*safetensors: Not a directory"):
+        TokenAligner(*tokenizers, str(other / "folder"))
+
+
+def direct_mined(
+    logits: Tensor, targets: list[int], teacher: Tensor, partners: list[int], ids: list[int]
+) -> Tensor:
+    """One text, temperature 2: [N, V], N, [M, W], N, the map of W -> the sum."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row, target, partner in zip(logits, targets, partners, strict=True):
+        q = (row / 2).softmax(0)
+        if partner < 0:
+            total = total - q[target].log()
+            continue
+        moved = torch.full_like(row, -torch.inf).detach()
+        for student_id in set(ids) - {-1}:
+            moved[student_id] = teacher[partner][ids.index(student_id)]
+        p = (moved / 2).softmax(0)
+        total = total + sum(a * (a / b).log() for a, b in zip(p, q, strict=True) if a > 0)
+    return total
+
+
+@pytest.mark.parametrize("chunk", [10**6, 60])
+def test_value_and_gradient(chunk, monkeypatch) -> None:
+    monkeypatch.setattr(token_states_module, "LOGITS_PER_CHUNK", chunk)
+    student, teacher = random_states(0, [5, 1, 7], 8, 11), random_states(1, [4, 2, 9], 12, 9)
+    ids = torch.tensor([3, 3, -1, 0, 10, 7, 0, 1, 2])
+    partners = torch.tensor([0, -1, 3, -1, 2, -1, 6, 7, -1, 14, 9, 9, -1])
+    alignment = {
+        "student": torch.tensor([0, 2, 4, 6, 7, 9, 10, 11]),
+        "teacher": partners[partners >= 0],
+        "unaligned": torch.tensor([1, 3, 5, 8, 12]),
+    }
+    student = dataclasses.replace(student, alignment=alignment)
+    actual = MinED(ids, temperature=2.0)(student, teacher)
+    hidden = student.hidden.detach().double().requires_grad_()
+    logits = teacher.frozen_head(teacher.hidden.detach().double())
+    expected = direct_mined(
+        student.head(hidden), student.targets.tolist(), logits, partners.tolist(), ids.tolist()
+    )
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert actual.total == sum(actual.parts.values())
+    assert actual.metrics["mined/aligned_share"].tolist() == [8, 13]
+    weight = student.head.keywords["weight"]
+    ours = torch.autograd.grad(actual.total, [student.hidden, weight])
+    theirs = torch.autograd.grad(expected, [hidden, weight])
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert (gradient - exact).norm() <= 1e-5 * exact.norm()
+
+
+def aligned_examples(pair: Pair, aligner: TokenAligner, train: str) -> list:
+    return encode_rows(read_rows(train)[:5], **pair.encoders, align=aligner)[0]
+
+
+def mined_total(pair: Pair, mined: MinED, batch) -> Tensor:
+    sides = [token_states(pair.models[side], batch[side]) for side in ("student", "teacher")]
+    return mined(*sides).total
+
+
+def test_models(two_tokenizers, aligner, workspace) -> None:
+    pair = two_tokenizers
+    examples = aligned_examples(pair, aligner, workspace.train)
+    mined = MinED(aligner.student_ids, temperature=2.0)
+    actual = mined_total(pair, mined, collate(examples))
+    expected = torch.zeros((), dtype=torch.float64)
+    texts = [text for example in examples for text in example.texts]
+    outputs = zip(texts, pair.per_text("student"), pair.per_text("teacher"), strict=True)
+    for text, ours, theirs in outputs:
+        student_ids, teacher_ids = text.student.response_ids, text.teacher.response_ids
+        partners = aligner(student_ids, teacher_ids)
+        assert partners[-1] == len(teacher_ids) - 1  # the end of the text is the end of the text
+        expected = expected + direct_mined(
+            ours["logits"], student_ids, theirs["logits"], partners, aligner.student_ids.tolist()
+        )
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = list(pair.models["student"].parameters())
+    gradients = torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters)
+    for gradient, exact in zip(*gradients, strict=True):
+        assert (gradient - exact).norm() <= 2e-5 * exact.norm()
+
+
+def test_padding_and_the_order_of_rows_change_nothing(two_tokenizers, aligner, workspace) -> None:
+    examples = aligned_examples(two_tokenizers, aligner, workspace.train)
+    mined = MinED(aligner.student_ids, temperature=2.0)
+
+    def total(*arguments) -> float:
+        return mined_total(two_tokenizers, mined, collate(*arguments)).item()
+
+    whole = total(examples)
+    assert total(examples[::-1]) == pytest.approx(whole, rel=1e-5)
+    assert total(examples, "all") == pytest.approx(whole, rel=1e-5)
+    assert sum(total([example]) for example in examples) == pytest.approx(whole, rel=1e-5)
+
+
+def test_one_tokenizer_makes_it_kl(one_tokenizer, tokenizers, workspace, tmp_path) -> None:
+    aligner = TokenAligner(tokenizers[0], tokenizers[0], str(tmp_path))
+    assert aligner.student_ids.tolist() == list(range(len(tokenizers[0])))
+    batch = collate(aligned_examples(one_tokenizer, aligner, workspace.train))
+    assert len(batch["student"]["alignment"]["unaligned"]) == 0
+    total = mined_total(one_tokenizer, MinED(aligner.student_ids, temperature=2.0), batch)
+    sides = [one_tokenizer.states(side) for side in ("student", "teacher")]
+    expected = kl(*sides, divergence="forward_kl", temperature=2.0).total
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_run(distill_settings, tmp_path, capsys) -> None:
+    settings = {**distill_settings, "kd": "mined", "ot": "off", "token_maps": tmp_path / "maps"}
+    assert cli("distill", output=tmp_path / "whole", **settings) == 0
+    divided = {**settings, "batch_size": 2, "gradient_accumulation": 2}
+    assert cli("distill", output=tmp_path / "divided", **divided) == 0
+    for ours, theirs in zip(log_of(tmp_path / "divided"), log_of(tmp_path / "whole"), strict=True):
+        assert ours["kd"] == pytest.approx(ours["kd/aligned"] + ours["kd/gold"])
+        assert 0 < ours["mined/aligned_share"] < 1
+        for name in ("kd", "kd/aligned", "mined/aligned_share", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert not (tmp_path / "whole" / "projections.safetensors").exists()
+    assert cli("distill", output=tmp_path / "no", **settings, divergence="js") == 2
+    assert "kd mined has forward_kl, but 'divergence' is js" in capsys.readouterr().err
