@@ -27,15 +27,21 @@ import cot2align
 from benchmarks.cases import CASES, WAYS, Case
 from cot2align.kernels import reference
 
-LEAVES = ("student", "teacher", "projection")
+FLOATS = ("student", "teacher", "projection")
 # An error of the gradient, relative to its norm, beyond which a way has not computed this loss.
 TOLERANCE = 1e-3
 
 
 def forward_backward(way: Callable[..., Tensor], case: Case, tensors: dict) -> tuple[Tensor, ...]:
-    leaves = [tensors[name].detach().requires_grad_() for name in LEAVES]
+    student = tensors["student"].detach().requires_grad_()
+    projection = tensors["projection"]
+    leaves = [student]
+    if projection is not None:
+        leaves.append(projection := projection.detach().requires_grad_())
     loss = way(
-        *leaves,
+        student,
+        tensors["teacher"],
+        projection,
         student_mask=tensors["student_mask"],
         teacher_mask=tensors["teacher_mask"],
         epsilon=case.epsilon,
@@ -47,19 +53,19 @@ def forward_backward(way: Callable[..., Tensor], case: Case, tensors: dict) -> t
 
 def exact(case: Case, tensors: dict) -> tuple[Tensor, ...]:
     """The reference in float64, problem by problem, since its tape is large."""
-    total = [torch.zeros(()).double(), *(torch.zeros_like(tensors[n]).double() for n in LEAVES)]
+    loss = torch.zeros((), dtype=torch.float64)
+    dx, dp = torch.zeros_like(tensors["student"], dtype=torch.float64), []
     for b in tqdm(range(case.problems), desc=f"{case.name}: float64", leave=False, disable=None):
         one = {
             name: t if t is None or name == "projection" else t[b : b + 1]
             for name, t in tensors.items()
         }
-        double = {n: t.double() if t is not None and n in LEAVES else t for n, t in one.items()}
-        loss, dx, dy, dp = forward_backward(reference.fused_ot_loss, case, double)
-        total[0] += loss / case.problems
-        total[1][b] = dx[0] / case.problems
-        total[2][b] = dy[0] / case.problems
-        total[3] += dp / case.problems
-    return tuple(total)
+        double = {n: t.double() if t is not None and n in FLOATS else t for n, t in one.items()}
+        each = forward_backward(reference.fused_ot_loss, case, double)
+        loss += each[0] / case.problems
+        dx[b] = each[1][0] / case.problems
+        dp.append(each[2:])
+    return (loss, dx, *(sum(of) / case.problems for of in zip(*dp, strict=True)))
 
 
 def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[float, float]:
@@ -89,7 +95,11 @@ def measure(case: Case, repeats: int) -> list[dict[str, object]]:
             {
                 "case": case.name,
                 "way": name,
-                "shape": f"{case.problems}x{case.n}x{case.m} d{case.width} D{case.teacher_width}",
+                "problems": case.problems,
+                "n": case.n,
+                "m": case.m,
+                "width": case.width,
+                "teacher_width": case.teacher_width,
                 "epsilon": case.epsilon,
                 "num_iters": case.num_iters,
                 "tol": case.tol,
@@ -169,7 +179,7 @@ def main() -> int:
         for row in measure(CASES[name], options.repeats):
             rows.append(row | surroundings())
             print(
-                f"{row['case']:>12} {row['way']:>8} {row['p50_ms']:>9} ms, "
+                f"{row['case']:>20} {row['way']:>8} {row['p50_ms']:>9} ms, "
                 f"{row['faster']:>6} x naive PyTorch, relative errors: "
                 f"loss {row['loss_error']}, gradient {row['gradient_error']}"
             )

@@ -1,7 +1,8 @@
 """What is measured: the sizes, and the ways to compute the same loss.
 
-A way takes a problem (student [B, N, d], teacher [B, M, D], projection [D, d], masks or None) and
-the settings, and returns the mean loss, differentiable in all three.
+A way takes a problem (student [B, N, d], teacher [B, M, D], projection [D, d] and masks, or None)
+and the settings, and returns the mean loss. The gradient is that of training: for the student and
+the projection, the teacher is frozen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Case:
     n: int
     m: int
     width: int = 256
-    teacher_width: int = 512
+    teacher_width: int | None = None  # None: the student's, and no projection
     epsilon: float = 0.1
     num_iters: int = 100
     tol: float = 0.0
@@ -42,10 +43,13 @@ class Case:
                 torch.arange(size) < lengths.round().clamp(1, size)[:, None]
                 for size in (self.n, self.m)
             ]
+        projection = None
+        if self.teacher_width is not None:
+            projection = normal(self.teacher_width, self.width) / self.teacher_width**0.5
         return {
             "student": 3 * normal(self.problems, self.n, self.width),
-            "teacher": normal(self.problems, self.m, self.teacher_width),
-            "projection": normal(self.teacher_width, self.width) / self.teacher_width**0.5,
+            "teacher": normal(self.problems, self.m, self.teacher_width or self.width),
+            "projection": projection,
             "student_mask": masks[0],
             "teacher_mask": masks[1],
         }
@@ -57,8 +61,9 @@ CASES = {
         Case("64x128x128", 64, 128, 128),
         Case("8x256x256", 8, 256, 256),
         Case("4x512x512", 4, 512, 512),
-        Case("ragged", 64, 256, 256, ragged=True),
-        Case("ragged-tol", 64, 256, 256, ragged=True, tol=1e-6),
+        Case("64x128x128-projected", 64, 128, 128, teacher_width=512),
+        Case("ragged-projected", 64, 256, 256, teacher_width=512, ragged=True),
+        Case("ragged-projected-tol", 64, 256, 256, teacher_width=512, ragged=True, tol=1e-6),
     ]
 }
 
