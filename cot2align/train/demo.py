@@ -279,7 +279,7 @@ def stages(config: DemoConfig, folder: Path) -> list[Stage]:
         "save_steps": 200,
     }
     teacher, student = (str(folder / "models" / name) for name in ("teacher", "student"))
-    student_training = training | {"learning_rate": 8e-3}
+    student_training = training | {"learning_rate": 5e-3}
     trainings = {
         "teacher": ("sft", training | {"model": teacher, "texts": "both", "learning_rate": 4e-3}),
         "student-standard": ("sft", student_training | {"model": student, "texts": "standard"}),
