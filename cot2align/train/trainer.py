@@ -116,6 +116,9 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model(config.output)
+    # A process that leaves while another still talks to it makes gloo abort that one.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     log = trainer.state.log_history
     if main_process:
         losses = next((entry for entry in reversed(log) if "loss" in entry), {})
