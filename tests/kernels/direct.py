@@ -11,7 +11,12 @@ from torch import Tensor
 def ot_loss(x: Tensor, y: Tensor, projection: Tensor | None, epsilon: float, num_iters: int):
     """x [N, d], y [M, D], projection [D, d] -> scalar, differentiable by autograd."""
     z = y if projection is None else y @ projection
-    cost = 1 - torch.softmax(x @ z.T / math.sqrt(x.shape[1]), dim=1)
+    return ot_loss_of(x @ z.T / math.sqrt(x.shape[1]), epsilon, num_iters)
+
+
+def ot_loss_of(similarity: Tensor, epsilon: float, num_iters: int):
+    """similarity [N, M] -> scalar, differentiable by autograd."""
+    cost = 1 - torch.softmax(similarity, dim=1)
     n, m = cost.shape
     f = torch.zeros(n, dtype=cost.dtype)
     for _ in range(num_iters):

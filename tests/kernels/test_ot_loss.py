@@ -129,7 +129,7 @@ def test_large_problems_are_split_over_threads():
 lengths = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths,
     lengths,
@@ -172,8 +172,8 @@ def test_packed_pairs_are_a_loop_over_problems(rows, cols, epsilon, reduction, b
     value, grads = direct.gradients(packed, (x, y, p), torch.float32)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     for have, want in zip(grads, expected_grads, strict=True):
-        # Of a single row the gradient is 0, and what is left is rounding, over epsilon.
-        assert (have - want).norm() <= 1e-4 * want.norm() + 1e-8 / epsilon
+        # Of a single row the gradient is 0, and what is left is float32's rounding, over epsilon.
+        assert (have - want).norm() <= 1e-4 * want.norm() + 6e-8 / epsilon
 
 
 def test_weights_and_pairs_may_be_strided():
