@@ -108,7 +108,7 @@ def test_stops_at_the_first_iteration_within_the_tolerance():
     assert stopped.marginal_error.item() == pytest.approx(column_error, rel=1e-6)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=9),
     st.lists(st.booleans(), min_size=1, max_size=9),
