@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,13 @@ def compile(
     capability: int,
     num_warps: int,
     num_stages: int,
+    divisible: Collection[str] = (),
 ) -> Compiled:
     """kernel: a `triton.jit` function; signature: {"x_ptr": "*fp32", "n": "i32", ...} without the
     constexprs; capability: 80, 90 or 100.
 
-    Pointers are taken to be 16-byte aligned, as torch's are. Raises what Triton's compiler raises.
+    Pointers are taken to be 16-byte aligned, as torch's are, and the integers named in `divisible`
+    to be multiples of 16. Raises what Triton's compiler raises.
     """
     names = kernel.arg_names
     source = ASTSource(
@@ -48,7 +51,7 @@ def compile(
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in signature.items()
-            if kind.startswith("*")
+            if kind.startswith("*") or name in divisible
         },
     )
     compiled = triton.compile(

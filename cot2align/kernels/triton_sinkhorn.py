@@ -1,0 +1,561 @@
+"""The OT loss on a GPU: similarity, small problems in one launch each way, the gradients' products.
+
+The operation is that of csrc/sinkhorn.cpp, formulas there. A problem that a tile of `TILES` holds
+is served by one program of `_fused`, from its tokens to dL/dS, with its matrices in registers:
+
+    S = scale X Z^T -> p = softmax of the rows -> E = exp((p - 1) / epsilon) -> K iterations, with
+    a stop of its own -> loss -> reverse iterations -> dS = weight dL/dS
+
+The u and v of each iteration go to memory for the way back. Larger problems get S from
+`_similarity` and dS, in its place, from a core (kernels/triton_streamed.py or cuda_sinkhorn.py).
+`_products` then makes dX = scale dS Z and dZ = scale dS^T X, each row by one program that sums over
+the row's problems in their order: no atomics, the same input gives the same bits.
+
+Which kernels run, and with which configuration, depends on bounds that the host knows: no value is
+read from the device. All launches cover all problems; a program whose problem is another launch's
+returns at once. TRITON_INTERPRET=1, set before the import, runs all of it on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# 1/epsilon up to which products of E's, u's and v's entries fit in float32.
+LARGEST_EXPONENT = 64.0
+
+NEVER = tl.constexpr(-1e30)  # a logarithm of nothing that stays finite under addition
+
+
+@triton.jit
+def _dot(a, b, total, UPCAST: tl.constexpr):
+    # The interpreter's bfloat16 has no arithmetic.
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _similarity_block(
+    x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH: tl.constexpr, UPCAST: tl.constexpr
+):
+    """X Z^T of the problem's tokens `rows` and `cols`, [rows, cols] float32; 0 outside (n, m)."""
+    depth = tl.arange(0, DEPTH)
+    x_rows = x + (first_x + rows)[:, None] * dim + depth[None, :]
+    z_rows = z + (first_z + cols)[:, None] * dim + depth[None, :]
+    total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+    for k in range(0, dim, DEPTH):
+        inside = depth[None, :] < dim - k
+        a = tl.load(x_rows + k, mask=(rows < n)[:, None] & inside, other=0.0)
+        b = tl.load(z_rows + k, mask=(cols < m)[:, None] & inside, other=0.0)
+        total = _dot(a, tl.trans(b), total, UPCAST)
+    return total
+
+
+@triton.jit
+def _cost(p, at_argmax, rest):
+    """1 - p, which cancels at the row's argmax: there it is the sum of the others."""
+    return tl.where(at_argmax, rest[:, None], 1.0 - p)
+
+
+@triton.jit
+def _plan(E, u, v, LOG: tl.constexpr):
+    if LOG:
+        return tl.exp(E + u[:, None] + v[None, :])
+    return u[:, None] * E * v[None, :]
+
+
+@triton.jit
+def _column_sums(E, u, v, LOG: tl.constexpr):
+    """E^T u; on logarithms the plan's column sums."""
+    if LOG:
+        return tl.sum(_plan(E, u, v, LOG), 0)
+    return tl.sum(E * u[:, None], 0)
+
+
+@triton.jit
+def _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG: tl.constexpr):
+    """dL/dp through the iterations: back through k - 1 of them, then the first."""
+    row, col = rows < n, cols < m
+    stride = rows.shape[0] + cols.shape[0]
+    u_at, v_at = history + rows, history + rows.shape[0] + cols
+    T = _plan(E, u, v, LOG)
+    mean = tl.where(row, tl.sum(T * C, 1) / tl.sum(T, 1), 0.0)
+    gbar = tl.sum(T * (C - mean[:, None]), 0)
+    # Both terms of -epsilon dL/dp (over E, but for logarithms) that know the last plan.
+    total = (T if LOG else u[:, None] * v[None, :]) * (mean[:, None] - C + epsilon)
+    tl.debug_barrier()  # the history was written by other threads
+    if LOG:
+        while k > 0:
+            u = tl.load(u_at + (k - 2) * stride, mask=k > 1, other=0.0)
+            T = _plan(E, u, v, LOG)
+            T = T * tl.where(col, gbar / tl.sum(T, 0), 0.0)[None, :]
+            total += T
+            fbar = -tl.sum(T, 1)
+            k -= 1
+            if k > 0:
+                v = tl.load(v_at + (k - 1) * stride)
+                T = _plan(E, u, v, LOG)
+                T = T * tl.where(row, fbar / tl.sum(T, 1), 0.0)[:, None]
+                total += T
+                gbar = -tl.sum(T, 0)
+        return total / -epsilon
+    y = gbar * v * m
+    while k > 1:
+        k -= 1
+        u, v = tl.load(u_at + (k - 1) * stride), tl.load(v_at + (k - 1) * stride)
+        total += u[:, None] * y[None, :]
+        x = -u * tl.sum(E * y[None, :], 1) * u * n
+        total += x[:, None] * v[None, :]
+        y = -v * tl.sum(E * x[:, None], 0) * v * m
+    total += u_0[:, None] * y[None, :]
+    return E * total / -epsilon
+
+
+@triton.jit
+def _fixed_point(T, C, limit):
+    """z and w of [diag(r) T; T^T diag(c)] [z; w] = [W 1; W^T 1], r and c the sums of the plan.
+
+    Conjugate gradients on what is left for w, preconditioned by diag(c). The system is singular
+    along the constants, and nearly so wherever the plan falls into blocks: hence double.
+    """
+    T = T.to(tl.float64)
+    r, c = tl.sum(T, 1), tl.sum(T, 0)
+    per_row, per_col = tl.where(r > 0, 1 / r, 0.0), tl.where(c > 0, 1 / c, 0.0)
+    mean = per_row * tl.sum(T * C, 1)
+    residual = tl.sum(T * (C - mean[:, None]), 0)
+    # Rounding's component along the constants must not reach the iteration.
+    residual -= tl.sum(residual, 0) / tl.sum(c, 0) * c
+    norm = tl.sum(residual * residual * per_col, 0)
+    enough = 1e-24 * norm
+    w = c * 0.0
+    direction = w
+    beta = norm * 0.0
+    while (limit > 0) & (norm > enough):
+        direction = residual * per_col + beta * direction
+        through_rows = per_row * tl.sum(T * direction[None, :], 1)
+        product = c * direction - tl.sum(T * through_rows[:, None], 0)
+        curvature = tl.sum(direction * product, 0)
+        step = tl.where(curvature > 0, norm / curvature, 0.0)
+        w += step * direction
+        residual -= step * product
+        before = norm
+        norm = tl.where(curvature > 0, tl.sum(residual * residual * per_col, 0), 0.0)
+        beta = norm / before
+        limit -= 1
+    return mean - per_row * tl.sum(T * w[None, :], 1), w
+
+
+@triton.jit(do_not_specialize=["num_iters", "floor_n", "floor_m"])
+def _fused(
+    x,  # [tokens_x, dim]
+    z,  # [tokens_z, dim]
+    firsts,  # int64 [Q, 2]: the problem's first tokens
+    shapes,  # int32 [Q, 2]: n, m
+    offsets,  # int64 [Q]
+    order,  # int32 [Q]
+    weights,  # [Q]
+    gradient,  # dS of problem q at offsets[q], rows of m rounded up to 4
+    history,  # [Q, num_iters, ROWS + COLS]: u, v after each iteration
+    loss,
+    iterations,
+    marginal_error,
+    dim,
+    scale,
+    epsilon,
+    num_iters,
+    tol,  # < 0: never stop
+    floor_n,
+    floor_m,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOG: tl.constexpr,  # u, v and E are logarithms
+    GRADIENT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    q = tl.load(order + tl.program_id(0)).to(tl.int64)
+    n, m = tl.load(shapes + 2 * q), tl.load(shapes + 2 * q + 1)
+    if (n == 0) | (m == 0) | (n > ROWS) | (m > COLS) | ((n <= floor_n) & (m <= floor_m)):
+        return
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    row, col = rows < n, cols < m
+    first_x, first_z = tl.load(firsts + 2 * q), tl.load(firsts + 2 * q + 1)
+
+    S = scale * _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
+    broken = tl.sum(tl.sum(S * 0.0, 1), 0)  # NaN where an entry is not finite
+    S = tl.where(col[None, :], S, float("-inf"))
+    top, argmax = tl.max(S, 1, return_indices=True)
+    at_argmax = cols[None, :] == argmax[:, None]
+    p = tl.exp(S - (top + broken)[:, None])
+    rest = tl.sum(tl.where(at_argmax, 0.0, p), 1)
+    p = p / (1.0 + rest)[:, None]
+    rest = rest / (1.0 + rest)
+    E = _cost(p, at_argmax, rest) * (-1.0 / epsilon)
+
+    a, b = 1.0 / n.to(tl.float32), 1.0 / m.to(tl.float32)
+    if LOG:
+        # The first iteration needs the largest exponents. After it no sum of the plan is below
+        # a * b, and an iteration adds to f and g what its own sums lack.
+        E = tl.where(row[:, None] & col[None, :], E, NEVER)
+        largest = tl.max(E, 0)
+        v = tl.log(b / tl.sum(tl.exp(E - largest[None, :]), 0)) - largest
+        v = tl.where(col, v, 0.0)
+        largest = tl.max(E + v[None, :], 1)
+        u = tl.log(a / tl.sum(tl.exp(E + v[None, :] - largest[:, None]), 1)) - largest
+        u = tl.where(row, u, 0.0)
+        u_0 = tl.zeros([ROWS], tl.float32)
+        sums = tl.where(col, b, 1.0)
+    else:
+        E = tl.exp(E)
+        u = row.to(tl.float32)
+        v = col.to(tl.float32)
+        u_0 = u
+        sums = _column_sums(E, u, v, LOG)
+
+    history += q * num_iters * (ROWS + COLS)
+    k = 0
+    error = float("inf")
+    while (k < num_iters) & ((error <= tol) == 0):
+        if LOG:
+            v = tl.where(col, v + tl.log(b / sums), 0.0)
+            u = tl.where(row, u + tl.log(a / tl.sum(_plan(E, u, v, LOG), 1)), 0.0)
+        else:
+            v = tl.where(col, b / sums, 0.0)
+            u = tl.where(row, a / tl.sum(E * v[None, :], 1), 0.0)
+        if GRADIENT == "unrolled":
+            tl.store(history + k * (ROWS + COLS) + rows, u)
+            tl.store(history + k * (ROWS + COLS) + ROWS + cols, v)
+        sums = _column_sums(E, u, v, LOG)
+        masses = sums if LOG else sums * v
+        error = tl.sum(tl.where(col, tl.abs(masses - b), 0.0), 0)
+        k += 1
+
+    T = _plan(E, u, v, LOG)
+    C = _cost(p, at_argmax, rest)
+    tl.store(loss + q, tl.sum(tl.sum(T * C, 1), 0))
+    tl.store(iterations + q, k)
+    tl.store(marginal_error + q, error)
+    if GRADIENT != "none":
+        if GRADIENT == "unrolled":
+            slope = _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG)
+        elif GRADIENT == "implicit":
+            z_bar, w_bar = _fixed_point(T, C, 2 * m + 50)
+            slope = (T * ((C - z_bar[:, None] - w_bar[None, :]) / epsilon - 1.0)).to(tl.float32)
+        else:
+            slope = -T
+        # Relative to the argmax, whose own p is all but 1 where the softmax saturates.
+        slope -= tl.sum(tl.where(at_argmax, slope, 0.0), 1)[:, None]
+        slope -= tl.sum(p * slope, 1)[:, None]
+        at = gradient + tl.load(offsets + q) + rows[:, None] * ((m + 3) // 4 * 4) + cols[None, :]
+        tl.store(at, tl.load(weights + q) * p * slope, mask=row[:, None] & col[None, :])
+
+
+@triton.jit(do_not_specialize=["floor_n", "floor_m", "tiles_n", "tiles_m"])
+def _similarity(
+    x,
+    z,
+    firsts,
+    shapes,
+    offsets,
+    order,
+    similarity,  # S of problem q at offsets[q], rows of m rounded up to 4
+    dim,
+    scale,
+    floor_n,
+    floor_m,
+    tiles_n,
+    tiles_m,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    program = tl.program_id(0)
+    q = tl.load(order + program // (tiles_n * tiles_m)).to(tl.int64)
+    n, m = tl.load(shapes + 2 * q), tl.load(shapes + 2 * q + 1)
+    first_row = program // tiles_m % tiles_n * ROWS
+    first_col = program % tiles_m * COLS
+    if (first_row >= n) | (first_col >= m) | ((n <= floor_n) & (m <= floor_m)):
+        return
+    rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
+    first_x, first_z = tl.load(firsts + 2 * q), tl.load(firsts + 2 * q + 1)
+    S = scale * _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
+    stride = ((m + 3) // 4 * 4).to(tl.int64)
+    at = similarity + tl.load(offsets + q) + rows[:, None] * stride + cols[None, :]
+    tl.store(at, S, mask=(rows < n)[:, None] & (cols < m)[None, :])
+
+
+@triton.jit(do_not_specialize=["tiles", "widths"])
+def _products(
+    gradient,  # dS of problem q at offsets[q], rows of m rounded up to 4
+    right,  # [tokens, dim]: z where the output is dx, x where it is dz
+    output,  # [tokens, dim]
+    segments,  # int64 [segments, 2] of the output: first token, number of tokens
+    starts,  # int64 [segments + 1]: where the segment's problems begin in `problems`
+    problems,  # int64 [Q], by segment
+    firsts,
+    shapes,
+    offsets,
+    dim,
+    scale,
+    tiles,  # of a segment
+    widths,  # tiles of dim
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # dS^T, for dz
+    RESCALE: tl.constexpr,  # dS leaves the range of float16
+    UPCAST: tl.constexpr,
+):
+    program = tl.program_id(0)
+    segment = (program // (tiles * widths)).to(tl.int64)
+    first, count = tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)
+    rows = program // widths % tiles * ROWS + tl.arange(0, ROWS)
+    width = program % widths * WIDTH + tl.arange(0, WIDTH)
+    if program // widths % tiles * ROWS >= count:
+        return
+    depth = tl.arange(0, DEPTH)
+    side = 0 if TRANSPOSED else 1
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i in range(tl.load(starts + segment), tl.load(starts + segment + 1)):
+        q = tl.load(problems + i)
+        n, m = tl.load(shapes + 2 * q), tl.load(shapes + 2 * q + 1)
+        stride = ((m + 3) // 4 * 4).to(tl.int64)
+        limit, inner = (m, n) if TRANSPOSED else (n, m)
+        dS = gradient + tl.load(offsets + q)
+        tokens = right + tl.load(firsts + 2 * q + side) * dim
+        for k in range(0, inner, DEPTH):
+            at = k + depth
+            if TRANSPOSED:
+                block = dS + at[None, :] * stride + rows[:, None]
+            else:
+                block = dS + rows[:, None] * stride + at[None, :]
+            a = tl.load(block, mask=(rows < limit)[:, None] & (at < inner)[None, :], other=0.0)
+            b = tl.load(
+                tokens + at.to(tl.int64)[:, None] * dim + width[None, :],
+                mask=(at < inner)[:, None] & (width < dim)[None, :],
+                other=0.0,
+            )
+            if RESCALE:
+                largest = tl.maximum(tl.max(tl.max(tl.abs(a), 1), 0), 1e-30)
+                power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(
+                    tl.float32, bitcast=True
+                )
+                product = tl.zeros([ROWS, WIDTH], tl.float32)
+                a = (a * (1.0 / power)).to(b.dtype)
+                total += power * _dot(a, b, product, UPCAST)
+            else:
+                total = _dot(a.to(b.dtype), b, total, UPCAST)
+    to = output + (first + rows)[:, None] * dim + width[None, :]
+    mask = (rows < count)[:, None] & (width < dim)[None, :]
+    tl.store(to, (scale * total).to(output.dtype.element_ty), mask=mask)
+
+
+# ---- configurations: fixed, so that the same input gives the same bits
+
+
+class Tile(NamedTuple):
+    """Problems of at most `rows` x `cols` in one program of `warps`."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+class Block(NamedTuple):
+    """A block of a matrix product and the steps of its inner loop."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# What has no register spills on sm_80, sm_90 and sm_100 (tests/kernels/test_triton.py).
+TILES = (Tile(32, 32, 4), Tile(64, 64, 4), Tile(64, 128, 8))
+FORWARD_TILES = (*TILES, Tile(128, 128, 8))
+DEPTH = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
+SIMILARITY = {
+    torch.float32: Block(64, 64, 16, 4, 3),
+    torch.float16: Block(128, 128, 64, 8, 3),
+    torch.bfloat16: Block(128, 128, 64, 8, 3),
+}
+PRODUCTS = {
+    torch.float32: Block(64, 64, 16, 4, 3),
+    torch.float16: Block(64, 128, 32, 4, 3),
+    torch.bfloat16: Block(64, 128, 32, 4, 3),
+}
+
+CORES = {"triton": "triton_streamed", "cuda": "cuda_sinkhorn"}
+
+launches: Counter[str] = Counter()  # by kernel, since the import
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **configuration: Any) -> None:
+    if programs > 0:
+        launches[kernel.fn.__name__] += 1
+        kernel[(programs,)](*arguments, **configuration)
+
+
+def ot_loss(
+    x: Tensor,  # [tokens_x, dim] float32, float16 or bfloat16
+    z: Tensor,  # [tokens_z, dim] of x's dtype
+    segments_x: Tensor,  # [segments, 2] int64: first token, number of tokens
+    segments_z: Tensor,
+    pairs: Tensor,  # [problems, 2] int64
+    weights: Tensor,  # [problems] float32
+    *,
+    bounds: tuple[int, int],
+    entries: int | None = None,
+    scale: float,
+    epsilon: float,
+    num_iters: int,
+    tol: float,
+    gradient: str,  # "none" | "unrolled" | "implicit" | "detached"
+    need_x: bool = False,
+    need_z: bool = False,
+    core: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, num_iters, marginal_error [problems]; the gradients of sum(weights * loss) for x
+    and z, in their dtype, else [0].
+
+    bounds: numbers of student and teacher tokens that no problem exceeds; one that does gets loss
+        NaN and no gradient.
+    entries: the sum of n * (m rounded up to a multiple of 4), where the host knows it.
+    core: who solves what no tile holds, "triton" or "cuda".
+
+    Raises ValueError for tensors that do not fit together, and what the core raises.
+    """
+    for name, tensor in {"x": x, "z": z, "pairs": pairs, "weights": weights}.items():
+        if not tensor.is_contiguous() or tensor.device != x.device:
+            raise ValueError(f"{name} must be contiguous on {x.device}, is on {tensor.device}")
+    if x.dtype not in DEPTH or z.dtype != x.dtype:
+        raise ValueError(f"x and z must have one dtype of 16 or 32 bits, got {x.dtype}, {z.dtype}")
+    if not x.is_cuda and not INTERPRETED:
+        raise ValueError("Triton's kernels take CPU tensors only under TRITON_INTERPRET=1")
+    if not (need_x or need_z):
+        gradient = "none"
+    count, dim = len(pairs), x.shape[1]
+    max_n, max_m = bounds
+
+    (first_x, n), (first_z, m) = segments_x[pairs[:, 0]].T, segments_z[pairs[:, 1]].T
+    exceeds = (n > max_n) | (m > max_m)
+    loss = weights.new_zeros(count).masked_fill(exceeds, torch.nan)
+    iterations, marginal_error = torch.zeros_like(loss, dtype=torch.int32), torch.zeros_like(loss)
+    firsts = torch.stack((first_x, first_z), 1)
+    shapes = torch.stack((n, m), 1).masked_fill(exceeds[:, None], 0).int()
+    sizes = shapes[:, 0].long() * _padded(shapes[:, 1])
+    offsets = sizes.cumsum(0) - sizes
+    order = sizes.argsort(descending=True, stable=True).int()
+
+    tiles = FORWARD_TILES if gradient == "none" else TILES
+    fitting = [i for i, tile in enumerate(tiles) if max_n <= tile.rows and max_m <= tile.cols]
+    launched = tiles[: fitting[0] + 1] if fitting else tiles
+    if entries is None:
+        entries = count * max_n * _padded(max_m)
+    matrix = loss.new_empty(0 if fitting and gradient == "none" else entries)
+    steps = count * num_iters if gradient == "unrolled" else 0
+    history = loss.new_empty(steps * (launched[-1].rows + launched[-1].cols))
+    upcast = INTERPRETED and x.dtype == torch.bfloat16
+    outputs = (loss, iterations, marginal_error)
+    with torch.cuda.device_of(x):
+        floor = Tile(0, 0, 0)
+        for tile in launched:
+            _launch(
+                _fused,
+                count,
+                *(x, z, firsts, shapes, offsets, order, weights, matrix, history, *outputs),
+                *(dim, scale, epsilon, num_iters, tol or -1.0, floor.rows, floor.cols),
+                ROWS=tile.rows,
+                COLS=tile.cols,
+                DEPTH=DEPTH[x.dtype],
+                LOG=1 / epsilon > LARGEST_EXPONENT,
+                GRADIENT=gradient,
+                UPCAST=upcast,
+                num_warps=tile.warps,
+            )
+            floor = tile
+        if not fitting:
+            block = SIMILARITY[x.dtype]
+            tiles_n, tiles_m = triton.cdiv(max_n, block.rows), triton.cdiv(max_m, block.cols)
+            _launch(
+                _similarity,
+                count * tiles_n * tiles_m,
+                *(x, z, firsts, shapes, offsets, order, matrix),
+                *(dim, scale, floor.rows, floor.cols, tiles_n, tiles_m),
+                ROWS=block.rows,
+                COLS=block.cols,
+                DEPTH=block.depth,
+                UPCAST=upcast,
+                num_warps=block.warps,
+                num_stages=block.stages,
+            )
+            importlib.import_module(f"cot2align.kernels.{CORES[core]}").solve(
+                *(matrix, shapes, offsets, order, weights),
+                bounds=bounds,
+                floor=(floor.rows, floor.cols),
+                epsilon=epsilon,
+                num_iters=num_iters,
+                tol=tol,
+                gradient=gradient,
+                loss=loss,
+                iterations=iterations,
+                marginal_error=marginal_error,
+            )
+        problems = (firsts, shapes, offsets)
+        dx = dz = x.new_empty(0)
+        if gradient != "none" and need_x:
+            dx = _product(matrix, z, x, segments_x, pairs[:, 0], problems, max_n, scale, False)
+        if gradient != "none" and need_z:
+            dz = _product(matrix, x, z, segments_z, pairs[:, 1], problems, max_m, scale, True)
+    return loss, iterations, marginal_error, dx, dz
+
+
+def _padded(columns: Any) -> Any:
+    """The stride of a matrix: rows of 16 bytes."""
+    return (columns + 3) // 4 * 4
+
+
+def _product(
+    gradient: Tensor,
+    right: Tensor,
+    like: Tensor,
+    segments: Tensor,
+    segment_of: Tensor,  # [problems]
+    problems: tuple[Tensor, Tensor, Tensor],
+    longest: int,
+    scale: float,
+    transposed: bool,
+) -> Tensor:
+    """The gradient of the tokens `like`; 0 for those of no problem."""
+    output = torch.zeros_like(like)
+    by_segment = segment_of.argsort(stable=True)
+    bins = torch.arange(len(segments) + 1, device=like.device)
+    starts = torch.searchsorted(segment_of[by_segment], bins)
+    block, dim = PRODUCTS[like.dtype], like.shape[1]
+    tiles, widths = triton.cdiv(longest, block.rows), triton.cdiv(dim, block.cols)
+    _launch(
+        _products,
+        len(segments) * tiles * widths,
+        *(gradient, right, output, segments, starts, by_segment, *problems),
+        *(dim, scale, tiles, widths),
+        ROWS=block.rows,
+        WIDTH=block.cols,
+        DEPTH=block.depth,
+        TRANSPOSED=transposed,
+        RESCALE=like.dtype == torch.float16,
+        UPCAST=INTERPRETED and like.dtype == torch.bfloat16,
+        num_warps=block.warps,
+        num_stages=block.stages,
+    )
+    return output
