@@ -1,0 +1,273 @@
+"""How it is measured: float64 first, then time in turns, then memory in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import cot2align
+from benchmarks.cases import CASES, Case, Tensors
+from benchmarks.ways import WAYS, Way
+
+FLOATS = ("student", "teacher", "projection")
+# An error of the gradient, relative to its norm, beyond which a way has not computed this loss.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+
+
+def forward_backward(way: Way, case: Case, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss, dX, dP."""
+    student, projection = tensors["student"], tensors["projection"]
+    assert student is not None
+    assert projection is not None
+    leaves = [student.detach().requires_grad_(), projection.detach().requires_grad_()]
+    loss = way.run(case, tensors | {"student": leaves[0], "projection": leaves[1]})
+    return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def forward(way: Way, case: Case, tensors: Tensors) -> Tensor:
+    with torch.no_grad():
+        return way.run(case, tensors)
+
+
+def exact(case: Case, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, dX and dP in float64: all iterations (at `tol` > 0 too), log domain, problem by problem
+    and recomputed iteration by iteration, so that the tape holds vectors only."""
+    from cot2align.kernels.reference import _softmax_cost
+
+    x, y, p = (tensors[name] for name in FLOATS)
+    assert x is not None
+    assert y is not None
+    assert p is not None
+
+    def iterate(exponent: Tensor, f: Tensor) -> Tensor:
+        g = -math.log(exponent.shape[1]) - torch.logsumexp(exponent + f[:, None], dim=0)
+        return -math.log(exponent.shape[0]) - torch.logsumexp(exponent + g, dim=1)
+
+    projection = p.detach().double().requires_grad_()
+    total, dx = x.new_zeros((), dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
+    dp = torch.zeros_like(projection)
+    for b in tqdm(range(len(x)), desc=f"{case.name}: float64", leave=False, disable=None):
+        leaf = x[b].detach().double().requires_grad_()
+        rows, cols = leaf, y[b].double()
+        if case.ragged:
+            rows, cols = rows[tensors["student_mask"][b]], cols[tensors["teacher_mask"][b]]  # type: ignore[index]
+        cost = _softmax_cost(rows @ (cols @ projection).T / math.sqrt(x.shape[-1]))
+        exponent, f = -cost / case.epsilon, torch.zeros_like(cost[:, 0])
+        for _ in range(case.num_iters - 1):
+            f = checkpoint(iterate, exponent, f, use_reentrant=False)  # type: ignore[assignment]
+        g = -math.log(cost.shape[1]) - torch.logsumexp(exponent + f[:, None], dim=0)
+        plan = torch.softmax(exponent + g, dim=1) / len(cost)
+        loss = (plan * cost).sum() / len(x)
+        dx[b], dp_b = torch.autograd.grad(loss, (leaf, projection))
+        total, dp = total + loss.detach(), dp + dp_b
+    return total, dx, dp
+
+
+def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[float, float]:
+    """The loss's relative error and the largest of the gradients', relative to their own norms."""
+    relative = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
+    return relative[0], max(relative[1:])
+
+
+def timer(call: Callable[[], object], device: str) -> Callable[[], float]:
+    """-> a function that runs `call` once and returns its milliseconds."""
+
+    def on_cpu() -> float:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+
+    def on_gpu() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return on_cpu if device == "cpu" else on_gpu
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` captured in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure(case: Case, device: str, repeats: int, memory: bool) -> list[dict[str, object]]:
+    """One row for each way that can; the ways take turns."""
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    tensors = case.make(device)
+    ways = {
+        name: way
+        for name, way in WAYS.items()
+        if not way.cannot(case, device) and name in (case.ways or WAYS)
+    }
+    truth = exact(case, tensors)
+    checked = {
+        name: errors(forward_backward(way, case, tensors), truth) for name, way in ways.items()
+    }
+    del truth
+    timers = {}
+    for name, way in ways.items():
+        calls = [lambda w=way, f=f: f(w, case, tensors) for f in (forward, forward_backward)]
+        timers[name] = [timer(graphed(c) if way.graph else c, device) for c in calls]
+    times: dict[str, list[list[float]]] = {name: [[], []] for name in ways}
+    for turn in tqdm(range(repeats + 1), desc=f"{case.name}: timing", leave=False, disable=None):
+        for name, pair in timers.items():
+            for into, run in zip(times[name], pair, strict=True):
+                if turn:  # the first one warms up
+                    into.append(run())
+                else:
+                    run()
+    peaks = {name: peak_mib(case.name, name, device) if memory else math.nan for name in ways}
+    rows = []
+    bound = bound_ms(case, tensors) if device == "cpu" else math.nan
+    for name, (loss_error, gradient_error) in checked.items():
+        right = max(loss_error, gradient_error) < TOLERANCE[case.dtype]
+        row: dict[str, object] = {"case": case.name, "group": case.group, "way": name}
+        row |= {"device": device, "shape": case.shape(), "dtype": case.dtype}
+        row |= {key: getattr(case, key) for key in ("problems", "n", "m", "epsilon", "num_iters")}
+        row |= {"tol": case.tol, "threads": torch.get_num_threads()}
+        for label, values in zip(("forward", "both"), times[name], strict=True):
+            of = torch.tensor(values, dtype=torch.float64)
+            row |= {f"{label}_ms_{q}": f"{of.quantile(at):.4g}" for q, at in QUANTILES.items()}
+        rows.append(
+            row
+            | {
+                "peak_mib": f"{peaks[name]:.4g}",
+                "bound_ms": f"{bound:.4g}",
+                "loss_error": f"{loss_error:.1e}",
+                "gradient_error": f"{gradient_error:.1e}",
+                "right": right,
+                "iterations": iterations(case, tensors) if name == "product" else case.num_iters,
+            }
+        )
+    return rows
+
+
+def iterations(case: Case, tensors: Tensors) -> str:
+    """The mean number of iterations that the product ran."""
+    settings = {"epsilon": case.epsilon, "num_iters": case.num_iters, "tol": case.tol}
+    if not case.tol:
+        return str(case.num_iters)
+    return f"{cot2align.sinkhorn_plan(**tensors, **settings).num_iters.float().mean():.1f}"
+
+
+# ---- memory
+
+
+def peak_mib(case: str, way: str, device: str) -> float:
+    """Of forward + backward above the inputs, in a process of its own, so that nothing that another
+    way left behind counts."""
+    if device == "cuda":
+        return peak_here(case, way, device)
+    command = [sys.executable, "-m", "benchmarks", "peak", case, way]
+    # Large blocks go back to the system when they are freed, so that the peak is that of use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak_here(case_name: str, way_name: str, device: str) -> float:
+    case, way = CASES[case_name], WAYS[way_name]
+    tensors = case.make(device)
+    if device == "cuda":
+        forward_backward(way, case, tensors)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward_backward(way, case, tensors)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    small = Case("", "", 1, 2, 2, case.width, case.teacher_width, num_iters=1)
+    forward_backward(way, small, small.make())  # threads, libraries, compilers
+
+    def resident(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    forward_backward(way, case, tensors)
+    return resident("VmHWM") - before
+
+
+# ---- the machine
+
+
+@cache
+def fma_rate(threads: int) -> float:
+    """FLOP/s of float32 matrix products of this machine with this many threads: the best of ten."""
+    a, b = torch.randn(2, 1024, 1024)
+    run = timer(lambda: a @ b, "cpu")
+    run()
+    return 2 * 1024**3 / (1e-3 * min(run() for _ in range(10)))
+
+
+def bound_ms(case: Case, tensors: Tensors) -> float:
+    """The arithmetic of forward + backward at the rate of this machine's matrix products."""
+    return 1e3 * case.flops(tensors) / fma_rate(torch.get_num_threads())
+
+
+def surroundings(device: str) -> dict[str, str]:
+    def said(*command: str) -> str:
+        if not shutil.which(command[0]):
+            return "unknown"
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+    versions = [f"cot2align {cot2align.__version__}", f"torch {torch.__version__}"]
+    machine = f"{processor()}, {os.cpu_count()} CPUs"
+    if device == "cuda":
+        import triton
+
+        query = "--query-gpu=name,driver_version"
+        machine = said("nvidia-smi", query, "--format=csv,noheader").splitlines()[0]
+        versions += [f"triton {triton.__version__}", f"CUDA {torch.version.cuda}"]
+    return {
+        "machine": machine,
+        "versions": ", ".join(versions),
+        "commit": os.environ.get("COT2ALIGN_COMMIT") or said("git", "rev-parse", "--short", "HEAD"),
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(case: Case) -> str:
+    settings = asdict(case)
+    return f"{case.name:>22}  {case.shape()}, K {settings['num_iters']}, tol {settings['tol']:g}"

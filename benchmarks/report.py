@@ -1,0 +1,130 @@
+"""Results files as text, as the README's table and as figures."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def read(*paths: Path) -> list[dict[str, str]]:
+    rows = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows += list(csv.DictReader(file))
+    return rows
+
+
+def right(row: Row) -> bool:
+    return str(row["right"]) == "True"
+
+
+def faster(rows: Iterable[Row], way: str) -> str:
+    """How many times faster the product is than this way in forward + backward."""
+    of = {row["way"]: row for row in rows}
+    if way not in of or not right(of["product"]):
+        return ""
+    ratio = float(of[way]["both_ms_p50"]) / float(of["product"]["both_ms_p50"])
+    return f"{ratio:.1f} x" + ("" if right(of[way]) else " (other gradient)")
+
+
+def text(rows: list[dict[str, object]]) -> str:
+    lines = []
+    for row in rows:
+        share = ""
+        if row["way"] == "product" and row["bound_ms"] != "nan":
+            part = float(str(row["bound_ms"])) / float(str(row["both_ms_p50"]))
+            share = f", {part:.0%} of the machine's matrix-product rate"
+        speed = faster(rows, str(row["way"])) if right(row) else "wrong here:"
+        lines.append(
+            f"{row['way']:>12} {row['forward_ms_p50']:>8} ms forward, {row['both_ms_p50']:>8} ms "
+            f"with backward, {row['peak_mib']:>7} MiB, product is {speed or '-':>8} faster, "
+            f"errors {row['loss_error']} {row['gradient_error']}{share}"
+        )
+    return "\n".join(lines)
+
+
+def table(path: Path) -> str:
+    """Markdown: a line for each case of the file."""
+    rows = read(path)
+    ways = [way for way in dict.fromkeys(row["way"] for row in rows) if way != "product"]
+    titles = ["problems (N x M)", "product", "peak", *(f"{way}" for way in ways), "error"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of = [row for row in rows if row["case"] == case]
+        product = next(row for row in of if row["way"] == "product")
+        name = f"{product['problems']} x {product['n']}x{product['m']}"
+        name += ", ragged" if "ragged" in product["shape"] else ""
+        name += f", K {product['num_iters']}"
+        name += f", tol {float(product['tol']):g}" if float(product["tol"]) else ""
+        cells = [name, f"{float(product['both_ms_p50']):.3g} ms"]
+        cells += [f"{float(product['peak_mib']):.3g} MiB"]
+        cells += [faster(of, way) or "-" for way in ways]
+        lines.append(f"| {' | '.join([*cells, product['gradient_error']])} |")
+    return "\n".join(lines)
+
+
+# What grows, by group of cases: its field and the axis' title.
+SCALING = {
+    "size": ("n", "tokens on each side of one problem, K = 20"),
+    "problems": ("problems", "problems of 128 x 128, K = 50"),
+    "iterations": ("num_iters", "iterations of 16 problems of 128 x 128"),
+    "threads": ("threads", "threads"),
+}
+
+
+def plots(paths: list[Path], folder: Path) -> list[Path]:
+    """-> the PNG files written: one for each scaling group, one for the main cases."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read(*paths)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def save(figure: Any, name: str) -> None:
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=150)
+        plt.close(figure)
+        written.append(folder / name)
+
+    for group, (field, title) in SCALING.items():
+        of_group = [row for row in rows if row["group"] == group and right(row)]
+        if not of_group:
+            continue
+        figure, axes = plt.subplots(figsize=(5, 3.6))
+        lines: dict[str, list[Row]] = {}
+        for row in of_group:
+            size = f" {row['problems']} x {row['n']}x{row['m']}" if group == "threads" else ""
+            lines.setdefault(row["way"] + size, []).append(row)
+        for name, of in lines.items():
+            x = [float(row[field]) for row in of]
+            axes.loglog(x, [float(row["both_ms_p50"]) for row in of], marker="o", ms=3, label=name)
+        axes.set(xlabel=title, ylabel="forward + backward, ms")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        save(figure, f"{group}.png")
+
+    main = [row for row in rows if row["group"] in ("main", "gpu")]
+    if main:
+        cases = list(dict.fromkeys(row["case"] for row in main))
+        ways = list(dict.fromkeys(row["way"] for row in main))
+        figure, axes = plt.subplots(figsize=(8, 0.45 * len(cases) * max(2, len(ways) / 2.5) + 1))
+        height = 0.8 / len(ways)
+        for place, way in enumerate(ways):
+            of = [row for row in main if row["way"] == way]
+            y = [cases.index(row["case"]) + place * height for row in of]
+            bars = axes.barh(y, [float(row["both_ms_p50"]) for row in of], height, label=way)
+            notes = ["" if right(row) else "other gradient" for row in of]
+            axes.bar_label(bars, notes, padding=3, fontsize=6)
+        axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], cases)
+        axes.invert_yaxis()
+        axes.set(xscale="log", xlabel="forward + backward, ms")
+        axes.legend(frameon=False, fontsize=8)
+        save(figure, "main.png")
+    return written

@@ -1,0 +1,97 @@
+"""The benchmark suite: what it refuses and writes, and that the README shows what was measured."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure, report
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, Case
+from benchmarks.ways import WAYS, Way
+from cot2align import fused_ot_loss
+
+ROOT = Path(__file__).parents[1]
+SMALL = Case("small", "main", 3, 9, 12, width=8, teacher_width=6, num_iters=5)
+RAGGED = Case("small-ragged", "main", 3, 30, 40, 8, 6, num_iters=5, ragged=True)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(CASES, "small", SMALL)
+    monkeypatch.setitem(CASES, "small-ragged", RAGGED)
+    for name in ("compile", "pot", "geomloss"):
+        monkeypatch.delitem(WAYS, name)
+
+
+def test_every_way_agrees_with_float64(small, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "small.csv"
+    arguments = ["run", "small", "small-ragged", "--no-memory", "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--out", str(out)])
+    assert main() == 0
+    rows = report.read(out)
+    assert {row["way"] for row in rows} == {"product", "naive", "bmm", "authors"}
+    for row in rows:
+        assert row["right"] == "True"
+        assert float(row["gradient_error"]) < 1e-5
+        assert 0 < float(row["both_ms_p20"]) <= float(row["both_ms_p80"])
+    assert "product is" in capsys.readouterr().out
+    assert "| 3 x 9x12, K 5 |" in report.table(out)
+    assert [path.name for path in report.plots([out], tmp_path)] == ["main.png"]
+
+
+def test_a_wrong_gradient_gets_no_speed(small, monkeypatch, tmp_path, capsys):
+    detached = Way(
+        lambda case, tensors: fused_ot_loss(**tensors, epsilon=0.1, num_iters=5, grad="detached"),
+        "wrong",
+    )
+    monkeypatch.setitem(WAYS, "product", detached)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "small", "--no-memory", "--repeats=1"])
+    assert main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "wrong here" in line]
+    assert not [line for line in lines if re.search(r"naive.*\d x faster", line)]
+
+
+def test_float64_truth_is_the_mean_over_problems():
+    tensors = RAGGED.make()
+    loss, dx, dp = measure.exact(RAGGED, tensors)
+    got = measure.forward_backward(WAYS["naive"], RAGGED, tensors)
+    assert max(measure.errors(got, (loss, dx, dp))) < 1e-5
+
+
+def test_peak_memory_is_that_of_the_way():
+    # The naive tape holds an N x M matrix or two for each of the iterations; the product does not.
+    case = "8x256x256"
+    matrices = 8 * 256 * 256 * 4 / 2**20
+    assert measure.peak_mib(case, "naive", "cpu") > CASES[case].num_iters * matrices
+    assert measure.peak_mib(case, "product", "cpu") < 25 * matrices
+
+
+def test_unknown_names_and_missing_gpus_are_refused():
+    def refused(*arguments: str) -> str:
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        return done.stderr.splitlines()[-1]
+
+    assert "unknown case nothing, expected of main" in refused("run", "nothing")
+    if not torch.cuda.is_available():
+        assert "finds no GPU here" in refused("run", "--device", "cuda")
+
+
+def test_readme_shows_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    _, _, shown = readme.partition("<!-- benchmarks:begin -->\n")
+    shown, _, _ = shown.partition("<!-- benchmarks:end -->")
+    assert shown == report.table(ROOT / "benchmarks/results/cpu.csv") + "\n"
+
+
+def test_results_have_one_schema():
+    files = sorted((ROOT / "benchmarks/results").glob("*.csv"))
+    heads = {path.name: next(csv.reader(path.open(newline=""))) for path in files}
+    assert len({tuple(head) for head in heads.values()}) == 1, heads
