@@ -4,6 +4,7 @@
     python -m benchmarks run [CASE|GROUP...] [--out FILE] measure; default: the group `main`
     python -m benchmarks table FILE                       the README's table
     python -m benchmarks plot FILE... [--out FOLDER]      the figures
+    python -m benchmarks check [--device cuda]            every backend against float64
     python -m benchmarks tune                             (GPU) the kernels' table of configurations
 
 A run compares every way with float64 before it times it; where loss or gradient disagree, no
@@ -19,9 +20,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import check as checking
 from benchmarks import measure, report
 from benchmarks.cases import CASES, GROUPS, Case
 from benchmarks.ways import WAYS
+
+BACKENDS = {"cpu": ["native"], "cuda": ["triton", "cuda"]}
 
 
 def selected(parser: argparse.ArgumentParser, names: list[str]) -> list[Case]:
@@ -81,6 +85,9 @@ def main() -> int:
     plot = commands.add_parser("plot", help="the figures of results files")
     plot.add_argument("files", nargs="+", type=Path, help="CSV files of `run`")
     plot.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a folder")
+    check = commands.add_parser("check", help="every backend against float64")
+    check.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    check.add_argument("--small", action="store_true", help="the small sizes only")
     tune = commands.add_parser("tune", help="time the kernels' configurations on this GPU")
     tune.add_argument("--repeats", type=int, default=20)
     peak = commands.add_parser("peak")  # of one way in this process: what `run` calls
@@ -96,6 +103,8 @@ def main() -> int:
             print(path)
     elif options.command == "peak":
         print(measure.peak_here(options.case, options.way, "cpu"))
+    elif options.command == "check":
+        return min(1, checking.run(options.device, BACKENDS[options.device], options.small))
     elif options.command == "tune":
         if not torch.cuda.is_available():
             parser.error("tune: PyTorch finds no GPU here")
