@@ -1,0 +1,746 @@
+"""The OT loss and its gradient from S, for problems of any number of rows, streamed from memory.
+
+For a problem with N rows and M columns (p = softmax of S's rows, C = 1 - p, A = -C / epsilon),
+column potentials g first, row potentials f second, k = 1..K:
+
+    g_k = log(1/M) - LSE_i(A + f_{k-1})        f_k = log(1/N) - LSE_j(A + g_k)         f_0 = 0
+    T'_k = exp(A + f_{k-1} + g_k)              T_k = exp(A + f_k + g_k)                L = <T_K, C>
+
+and backwards, with every plan divided by its own column (T') or row (T) sums:
+
+    gbar_K = column sums of T_K * (C - rowmean),    rowmean = row means of C under T_K
+    y_k = gbar_k / colsum(T'_k)     x_{k-1} = T'_k y_k / rowsum(T_{k-1})     gbar_{k-1} = T_{k-1}^T x_{k-1}
+    dL/dA = T_K * (C - rowmean) - sum_k T'_k * y_k + sum_{k<K} T_k * x_k
+    dL/dp = -T_K + dL/dA / epsilon             dS = p * (dL/dp - rowsum(p * dL/dp))
+
+S is replaced by p once and then only read: a program holds whole rows in registers, so that one read
+gives a row its new potential and its part of the next column sums. Vectors and their history,
+4 K (N + M) floats at most, are the only other memory. Two regimes (LOG): while 1/epsilon <= 64 the
+potentials are kept as u = exp(f), v = exp(g), and the plan is E * u v^T with one exp per entry and
+read; above, they are logarithms. There a row's sum is taken relative to its largest entry and a
+column's by correcting the last iteration's plan, whose column sums lie between 1/(N M) and 1.
+
+Many problems are solved side by side, a program each, all iterations in one launch; few large ones
+by many programs each, with two launches an iteration. Sums over programs are taken in a fixed order
+and nothing is read by the host.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+launches: Counter[str] = Counter()  # by kernel
+
+
+@triton.jit
+def _problem(shapes, order, small_n, small_m):
+    """This program's problem: index, rows, columns; whether it is solved here."""
+    q = tl.load(order + tl.program_id(0)).to(tl.int64)
+    n = tl.load(shapes + 2 * q)
+    m = tl.load(shapes + 2 * q + 1)
+    here = (n > 0) & (m > 0) & ((n > small_n) | (m > small_m))
+    return q, n, m, here
+
+
+@triton.jit
+def _matrix(similarity, offsets, q):
+    return similarity + tl.multiple_of(tl.load(offsets + q), 4)
+
+
+@triton.jit
+def _entries(matrix, i, j, end, m):
+    """Addresses and mask of rows i < end; the padding of rows to 16 bytes is inside the mask."""
+    stride = (m + 3) // 4 * 4
+    at = matrix + i.to(tl.int64)[:, None] * stride + j[None, :]
+    return at, (i < end)[:, None] & (j < stride)[None, :]
+
+
+@triton.jit
+def _cost(kept):
+    """C from p, whose entry at a row's argmax is kept as its cost, sign bit set: 1 - p cancels."""
+    return tl.where(kept.to(tl.int32, bitcast=True) < 0, -kept, 1 - kept)
+
+
+@triton.jit
+def _plan(cost, row, col, sharpness, LOG: tl.constexpr):
+    if LOG:
+        return tl.exp(row[:, None] + col[None, :] - sharpness * cost)
+    else:
+        return tl.exp(-sharpness * cost) * (row[:, None] * col[None, :])
+
+
+@triton.jit
+def _scale(potential, factor, LOG: tl.constexpr):
+    return potential + tl.log(factor) if LOG else potential * factor
+
+
+@triton.jit
+def _nothing(LOG: tl.constexpr):
+    """The potential of a row or column that is not there."""
+    return float("-inf") if LOG else 0.0
+
+
+@triton.jit
+def _load_col(vector, j, m, LOG: tl.constexpr):
+    return tl.load(vector + j, mask=j < m, other=_nothing(LOG))
+
+
+@triton.jit
+def _sum_parts(partial, parts, j, m, width_m, PARTS: tl.constexpr):
+    """Sum over [parts, m]."""
+    total = tl.zeros([PARTS, j.shape[0]], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        at = partial + part[:, None] * width_m + j[None, :]
+        total += tl.load(at, mask=(part < parts)[:, None] & (j < m)[None, :], other=0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _first_col(partial, parts, j, m, width_m, PARTS: tl.constexpr, LOG: tl.constexpr):
+    """g_1 from the parts' column sums of E, in logarithms where LOG."""
+    if LOG:
+        top = tl.full([j.shape[0]], float("-inf"), tl.float32)
+        for part in range(parts):
+            top = tl.maximum(top, tl.load(partial + part * width_m + j, mask=j < m, other=0))
+        total = tl.zeros([j.shape[0]], tl.float32)
+        for part in range(parts):
+            total += tl.exp(tl.load(partial + part * width_m + j, mask=j < m, other=0) - top)
+        col = -top - tl.log(m * total)
+    else:
+        col = 1 / (m * _sum_parts(partial, parts, j, m, width_m, PARTS))
+    return tl.where(j < m, col, _nothing(LOG))
+
+
+@triton.jit
+def _next_col(col, total, j, m, LOG: tl.constexpr):
+    """(g_{k+1}, column error) from g_k and the plan's column sums."""
+    b = 1.0 / m
+    error = tl.sum(tl.where(j < m, tl.abs(total - b), 0), 0)
+    return tl.where(j < m, _scale(col, b / total, LOG), _nothing(LOG)), error
+
+
+@triton.jit
+def _sweep(
+    matrix, rows, col, begin, end, n, m, j, sharpness,
+    R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Writes f_k of the rows [begin, end) from g_k, returns their part of T_k's column sums."""
+    total = tl.zeros([R, j.shape[0]], tl.float32)
+    for first in tl.range(begin, end, R, num_stages=STAGES):
+        i = first + tl.arange(0, R)
+        at, mask = _entries(matrix, i, j, end, m)
+        cost = _cost(tl.load(at, mask=mask, other=0))
+        if LOG:
+            row = -tl.max(col[None, :] - sharpness * cost, 1)
+        else:
+            row = tl.full([R], 1, tl.float32)
+        plan = _plan(cost, row, col, sharpness, LOG)
+        factor = 1 / (n * tl.sum(plan, 1))
+        tl.store(rows + i, _scale(row, factor, LOG), mask=i < end)
+        total += plan * tl.where(i < end, factor, 0)[:, None]
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _reverse_sweep(
+    matrix, row_now, row_before, x, col, col_before, y, begin, end, m, j, sharpness,
+    R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """From y_k writes x_{k-1} of the rows [begin, end); returns their parts of gbar_{k-1} and of the
+    column sums of T'_{k-1}, which rounding moves from 1/M in the logarithmic regime (else zeros).
+
+    row_now: f_{k-1}, row_before: f_{k-2}, col: g_k, col_before: g_{k-1}.
+    """
+    gbar = tl.zeros([R, j.shape[0]], tl.float32)
+    masses = tl.zeros([R, j.shape[0]], tl.float32)
+    for first in tl.range(begin, end, R, num_stages=STAGES):
+        i = first + tl.arange(0, R)
+        at, mask = _entries(matrix, i, j, end, m)
+        cost = _cost(tl.load(at, mask=mask, other=0))
+        row = tl.load(row_now + i, mask=i < end, other=_nothing(LOG))
+        dot = tl.sum(_plan(cost, row, col, sharpness, LOG) * y[None, :], 1)
+        plan = _plan(cost, row, col_before, sharpness, LOG)
+        x_now = tl.where(i < end, dot / tl.sum(plan, 1), 0)
+        tl.store(x + i, x_now, mask=i < end)
+        gbar += plan * x_now[:, None]
+        if LOG:
+            before = tl.load(row_before + i, mask=i < end, other=_nothing(LOG))
+            masses += _plan(cost, before, col_before, sharpness, LOG)
+    return tl.sum(gbar, 0), tl.sum(masses, 0)
+
+
+@triton.jit
+def _adjoint_col(gbar, masses, j, m, LOG: tl.constexpr):
+    """y_k."""
+    return tl.where(j < m, gbar / masses if LOG else gbar * m, 0)
+
+
+# ---- launches over blocks of `chunk` rows of all problems: grid (problems, parts)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
+def _softmax_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    rows, partial, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """S -> p; f_0; each part's column sums of E (their logarithms where LOG)."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    if not here or begin >= n:
+        return
+    end = tl.minimum(begin + chunk, n)
+    if begin == 0:
+        tl.store(iterations + q, 0)
+    matrix = _matrix(similarity, offsets, q)
+    j = tl.arange(0, COLS)
+    total = tl.zeros([R, COLS], tl.float32)
+    top = tl.full([R, COLS], float("-inf"), tl.float32)
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        at, mask = _entries(matrix, i, j, end, m)
+        s = tl.where((j < m)[None, :], tl.load(at, mask=mask, other=0), float("-inf"))
+        at_argmax = j[None, :] == tl.argmax(s, 1)[:, None]
+        exponential = tl.where(at_argmax, 0, tl.exp(s - tl.max(s, 1)[:, None]))
+        # Infinity minus itself: NaN or infinity anywhere makes the row NaN.
+        finite = tl.where((j < m)[None, :], s - s, 0)
+        rest = tl.sum(exponential + finite, 1)[:, None]
+        # A product, since unary minus would make rest = 0 a positive zero.
+        kept = tl.where(at_argmax, rest * (-1 / (1 + rest)), exponential * (1 / (1 + rest)))
+        tl.store(at, kept, mask=mask)
+        tl.store(rows + q * slots * width_n + i, tl.full([R], 0 if LOG else 1, tl.float32), mask=i < end)
+        exponent = -sharpness * _cost(kept)
+        if LOG:
+            top = tl.maximum(top, tl.where((i < end)[:, None], exponent, float("-inf")))
+        else:
+            total += tl.where((i < end)[:, None], tl.exp(exponent), 0)
+    sums = tl.sum(total, 0)
+    if LOG:
+        largest = tl.max(top, 0)
+        tl.debug_barrier()  # p is read back by other threads
+        for first in range(begin, end, R):
+            i = first + tl.arange(0, R)
+            at, mask = _entries(matrix, i, j, end, m)
+            exponent = -sharpness * _cost(tl.load(at, mask=mask, other=0)) - largest[None, :]
+            total += tl.where((i < end)[:, None], tl.exp(exponent), 0)
+        sums = largest + tl.log(tl.sum(total, 0))
+    part = q * tl.num_programs(1) + tl.program_id(1)
+    tl.store(partial + part * width_m + j, sums, mask=j < m)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
+def _finish_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    rows, cols, partial, masses, losses, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Each part's share of the loss; for "unrolled" of gbar_K and the column sums of T'_K (LOG), for
+    "implicit" of the column sums of T_K.
+    """
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    if not here or begin >= n:
+        return
+    end = tl.minimum(begin + chunk, n)
+    matrix = _matrix(similarity, offsets, q)
+    j = tl.arange(0, COLS)
+    last = tl.load(iterations + q) if GRADIENT == "unrolled" else 0
+    rows += (q * slots + last) * width_n
+    col = _load_col(cols + (q * slots + last) * width_m, j, m, LOG)
+    loss = tl.zeros([R], tl.float32)
+    gbar = tl.zeros([R, COLS], tl.float32)
+    mass = tl.zeros([R, COLS], tl.float32)
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        at, mask = _entries(matrix, i, j, end, m)
+        cost = _cost(tl.load(at, mask=mask, other=0))
+        row = tl.load(rows + i, mask=i < end, other=_nothing(LOG))
+        plan = _plan(cost, row, col, sharpness, LOG)
+        total = tl.where(i < end, tl.sum(plan, 1), 1)
+        mean = tl.sum(plan * cost, 1) / total
+        loss += tl.where(i < end, mean, 0)
+        if GRADIENT == "unrolled":
+            factor = tl.where(i < end, 1 / (n * total), 0)
+            gbar += plan * factor[:, None] * (cost - mean[:, None])
+            if LOG:
+                before = tl.load(rows - width_n + i, mask=i < end, other=_nothing(LOG))
+                mass += _plan(cost, before, col, sharpness, LOG)
+        elif GRADIENT == "implicit":
+            mass += plan
+    part = q * tl.num_programs(1) + tl.program_id(1)
+    tl.store(losses + part, tl.sum(loss, 0) / n)
+    if GRADIENT == "unrolled":
+        tl.store(partial + part * width_m + j, tl.sum(gbar, 0), mask=j < m)
+    if GRADIENT == "unrolled" or GRADIENT == "implicit":
+        tl.store(masses + part * width_m + j, tl.sum(mass, 0), mask=j < m)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk"])
+def _loss_kernel(
+    shapes, order, small_n, small_m, chunk, max_parts, losses, loss,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    if not here:
+        return
+    part = tl.arange(0, PARTS)
+    mine = tl.load(losses + q * max_parts + part, mask=part < tl.cdiv(n, chunk), other=0)
+    tl.store(loss + q, tl.sum(mine, 0))
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
+def _gradient_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    rows, cols, x, y, w, weights, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """p -> weight * dL/dS."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    if not here or begin >= n:
+        return
+    end = tl.minimum(begin + chunk, n)
+    matrix = _matrix(similarity, offsets, q)
+    j = tl.arange(0, COLS)
+    weight = tl.load(weights + q)
+    last = tl.load(iterations + q) if GRADIENT == "unrolled" else 0
+    rows += q * slots * width_n
+    cols += q * slots * width_m
+    x += q * slots * width_n
+    y += q * slots * width_m
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        at, mask = _entries(matrix, i, j, end, m)
+        kept = tl.load(at, mask=mask, other=0)
+        cost = _cost(kept)
+        row = tl.load(rows + last * width_n + i, mask=i < end, other=_nothing(LOG))
+        col = _load_col(cols + last * width_m, j, m, LOG)
+        plan = _plan(cost, row, col, sharpness, LOG)
+        total = tl.where(i < end, tl.sum(plan, 1), 1)
+        plan *= (1 / (n * total))[:, None]
+        slope = -plan
+        if GRADIENT == "implicit":
+            # dL/dA = T * (C - z - w), z = row means of C - w; in double, since the sum cancels.
+            free = cost.to(tl.float64) - tl.load(w + q * width_m + j, mask=j < m, other=0)[None, :]
+            plan64 = plan.to(tl.float64)
+            z = tl.sum(plan64 * free, 1) / tl.where(i < end, tl.sum(plan64, 1), 1)
+            slope += sharpness * (plan64 * (free - z[:, None])).to(tl.float32)
+        if GRADIENT == "unrolled":
+            mean = tl.sum(plan * cost, 1) * n
+            bend = plan * (cost - mean[:, None])
+            sums = tl.zeros([R, COLS], tl.float32)
+            for step in range(last):
+                k = last - step
+                y_now = tl.load(y + k * width_m + j, mask=j < m, other=0)
+                row = tl.load(rows + (k - 1) * width_n + i, mask=i < end, other=_nothing(LOG))
+                if LOG:
+                    bend -= _plan(cost, row, col, sharpness, LOG) * y_now[None, :]
+                else:
+                    sums -= row[:, None] * (col * y_now)[None, :]
+                if k > 1:
+                    col = _load_col(cols + (k - 1) * width_m, j, m, LOG)
+                    x_now = tl.load(x + (k - 1) * width_n + i, mask=i < end, other=0)
+                    if LOG:
+                        bend += _plan(cost, row, col, sharpness, LOG) * x_now[:, None]
+                    else:
+                        sums += (row * x_now)[:, None] * col[None, :]
+            if not LOG:
+                bend += tl.exp(-sharpness * cost) * sums
+            slope += sharpness * bend
+        # The softmax backward, relative to the argmax, whose p is all but 1 where it saturates.
+        at_argmax = kept.to(tl.int32, bitcast=True) < 0
+        slope -= tl.sum(tl.where(at_argmax, slope, 0), 1)[:, None]
+        p = tl.where(at_argmax, 1 + kept, kept)
+        slope -= tl.sum(p * slope, 1)[:, None]
+        tl.store(at, weight * p * slope, mask=mask)
+
+
+# ---- many problems: all iterations by one program, grid (problems,)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "num_iters"])
+def _iterate_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots, max_parts,
+    rows, cols, partial, iterations, marginal_error, num_iters, tol, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    if not here:
+        return
+    matrix = _matrix(similarity, offsets, q)
+    j = tl.arange(0, COLS)
+    parts = tl.cdiv(n, chunk)
+    next_col = _first_col(partial + q * max_parts * width_m, parts, j, m, width_m, R, LOG)
+    k = 0
+    running = True
+    error = 0.0
+    while running:
+        k += 1
+        col = next_col
+        slot = q * slots + tl.minimum(k, slots - 1)
+        tl.store(cols + slot * width_m + j, col, mask=j < m)
+        total = _sweep(
+            matrix, rows + slot * width_n, col, 0, n, n, m, j, sharpness, R, LOG, STAGES
+        )  # fmt: skip
+        next_col, error = _next_col(col, total, j, m, LOG)
+        running = (k < num_iters) & ~(error <= tol)
+    tl.store(iterations + q, k)
+    tl.store(marginal_error + q, error)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts"])
+def _reverse_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots, max_parts,
+    rows, cols, x, y, partial, masses, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    if not here:
+        return
+    matrix = _matrix(similarity, offsets, q)
+    j = tl.arange(0, COLS)
+    parts = tl.cdiv(n, chunk)
+    k = tl.load(iterations + q)
+    rows += (q * slots + k) * width_n
+    cols += (q * slots + k) * width_m
+    x += (q * slots + k) * width_n
+    y += (q * slots + k) * width_m
+    gbar = _sum_parts(partial + q * max_parts * width_m, parts, j, m, width_m, R)
+    mass = gbar
+    if LOG:
+        mass = _sum_parts(masses + q * max_parts * width_m, parts, j, m, width_m, R)
+    col = _load_col(cols, j, m, LOG)
+    while k > 1:
+        y_now = _adjoint_col(gbar, mass, j, m, LOG)
+        tl.store(y + j, y_now, mask=j < m)
+        rows -= width_n
+        cols -= width_m
+        x -= width_n
+        y -= width_m
+        col_before = _load_col(cols, j, m, LOG)
+        gbar, mass = _reverse_sweep(
+            matrix, rows, rows - width_n, x, col, col_before, y_now, 0, n, m, j, sharpness,
+            R, LOG, STAGES,
+        )  # fmt: skip
+        col = col_before
+        k -= 1
+    tl.store(y + j, _adjoint_col(gbar, mass, j, m, LOG), mask=j < m)
+
+
+@triton.jit
+def _schur(
+    matrix, rows, col, d, n, m, j, sharpness, R: tl.constexpr, LOG: tl.constexpr,
+    COST: tl.constexpr,
+):  # fmt: skip
+    """Column sums of T * (D - rowmean), rowmean_i the mean of D_i under T_i; D = C where COST, else
+    each row of it is d: then (diag(c) - T^T diag(1/r) T) d, exactly 0 for constants.
+    """
+    total = tl.zeros([R, j.shape[0]], tl.float64)
+    for first in range(0, n, R):
+        i = first + tl.arange(0, R)
+        at, mask = _entries(matrix, i, j, n, m)
+        cost = _cost(tl.load(at, mask=mask, other=0))
+        row = tl.load(rows + i, mask=i < n, other=_nothing(LOG))
+        plan = _plan(cost, row, col, sharpness, LOG).to(tl.float64)
+        value = cost.to(tl.float64) if COST else tl.broadcast_to(d[None, :], cost.shape)
+        mean = tl.sum(plan * value, 1) / tl.where(i < n, tl.sum(plan, 1), 1)
+        total += plan * (value - mean[:, None])
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "max_parts"])
+def _fixed_point_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, max_parts,
+    rows, cols, masses, w, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """Conjugate gradients for w, preconditioned by the plan's column sums c, in double: the system is
+    singular along the constants and nearly so wherever the plan falls into blocks.
+    """
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    if not here:
+        return
+    matrix = _matrix(similarity, offsets, q)
+    rows += q * width_n
+    j = tl.arange(0, COLS)
+    col = _load_col(cols + q * width_m, j, m, LOG)
+    c = _sum_parts(
+        masses + q * max_parts * width_m, tl.cdiv(n, chunk), j, m, width_m, R
+    ).to(tl.float64)  # fmt: skip
+    inverse = tl.where(c > 0, 1 / c, 0)
+    residual = _schur(matrix, rows, col, c, n, m, j, sharpness, R, LOG, True)
+    # Solvable only without a component along the constants.
+    residual -= c * (tl.sum(residual, 0) / tl.sum(c, 0))
+    direction = inverse * residual
+    solution = tl.zeros([COLS], tl.float64)
+    norm = tl.sum(residual * direction, 0)
+    enough = 1e-24 * norm
+    step = 0
+    while (norm > enough) & (step < 2 * m + 50):
+        product = _schur(matrix, rows, col, direction, n, m, j, sharpness, R, LOG, False)
+        curvature = tl.sum(direction * product, 0)
+        length = tl.where(curvature > 0, norm / curvature, 0)
+        solution += length * direction
+        residual -= length * product
+        next_norm = tl.where(curvature > 0, tl.sum(inverse * residual * residual, 0), 0)
+        direction = inverse * residual + (next_norm / norm) * direction
+        norm = next_norm
+        step += 1
+    tl.store(w + q * width_m + j, solution, mask=j < m)
+
+
+# ---- few problems: two launches an iteration, over blocks of columns and of rows
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "k", "num_iters"])
+def _cols_kernel(
+    shapes, order, small_n, small_m, chunk, width_m, slots, max_parts,
+    cols, partial, errors, iterations, k, num_iters,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """The column error of iteration k - 1 and g_k."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if not here or tl.program_id(1) * BLOCK >= m or tl.load(iterations + q) > 0:
+        return
+    partial += q * max_parts * width_m
+    parts = tl.cdiv(n, chunk)
+    cols += q * slots * width_m + j
+    if k == 1:
+        col = _first_col(partial, parts, j, m, width_m, PARTS, LOG)
+    else:
+        total = _sum_parts(partial, parts, j, m, width_m, PARTS)
+        before = tl.load(cols + tl.minimum(k - 1, slots - 1) * width_m, mask=j < m, other=0)
+        col, error = _next_col(before, total, j, m, LOG)
+        tl.store(errors + q * tl.num_programs(1) + tl.program_id(1), error)
+    tl.store(cols + tl.minimum(k, slots - 1) * width_m, col, mask=(j < m) & (k <= num_iters))
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "k", "num_iters"])
+def _rows_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    rows, cols, partial, errors, blocks, iterations, marginal_error, k, num_iters, tol, sharpness,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Ends a problem that converged in iteration k - 1, or k - 1 = num_iters; else f_k."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    # Set by this same launch or an earlier one, it means the same: no one else has to see it yet.
+    if not here or begin >= n or tl.load(iterations + q) > 0:
+        return
+    if k > 1:
+        block = tl.arange(0, BLOCKS)
+        mine = (block < tl.cdiv(m, BLOCK))
+        error = tl.sum(tl.load(errors + q * blocks + block, mask=mine, other=0), 0)
+        if (error <= tol) | (k > num_iters):
+            if begin == 0:
+                tl.store(iterations + q, k - 1)
+                tl.store(marginal_error + q, error)
+            return
+    j = tl.arange(0, COLS)
+    slot = q * slots + tl.minimum(k, slots - 1)
+    col = _load_col(cols + slot * width_m, j, m, LOG)
+    total = _sweep(
+        _matrix(similarity, offsets, q), rows + slot * width_n, col, begin, tl.minimum(begin + chunk, n), n, m, j,
+        sharpness, R, LOG, STAGES,
+    )  # fmt: skip
+    part = q * tl.num_programs(1) + tl.program_id(1)
+    tl.store(partial + part * width_m + j, total, mask=j < m)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "step"])
+def _reverse_cols_kernel(
+    shapes, order, small_n, small_m, chunk, width_m, slots, max_parts,
+    y, partial, masses, iterations, step,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """y_k, k = iterations - step."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    k = tl.load(iterations + q) - step
+    if not here or tl.program_id(1) * BLOCK >= m or k < 1:
+        return
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    parts = tl.cdiv(n, chunk)
+    gbar = _sum_parts(partial + q * max_parts * width_m, parts, j, m, width_m, PARTS)
+    mass = gbar
+    if LOG:
+        mass = _sum_parts(masses + q * max_parts * width_m, parts, j, m, width_m, PARTS)
+    y_now = _adjoint_col(gbar, mass, j, m, LOG)
+    tl.store(y + (q * slots + k) * width_m + j, y_now, mask=j < m)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "step"])
+def _reverse_rows_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    rows, cols, x, y, partial, masses, iterations, step, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x_{k-1}, k = iterations - step."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    k = tl.load(iterations + q) - step
+    if not here or begin >= n or k < 2:
+        return
+    j = tl.arange(0, COLS)
+    now = q * slots + k - 1
+    gbar, mass = _reverse_sweep(
+        _matrix(similarity, offsets, q), rows + now * width_n, rows + (now - 1) * width_n, x + now * width_n,
+        _load_col(cols + (now + 1) * width_m, j, m, LOG), _load_col(cols + now * width_m, j, m, LOG),
+        tl.load(y + (now + 1) * width_m + j, mask=j < m, other=0),
+        begin, tl.minimum(begin + chunk, n), m, j, sharpness, R, LOG, STAGES,
+    )  # fmt: skip
+    part = q * tl.num_programs(1) + tl.program_id(1)
+    tl.store(partial + part * width_m + j, gbar, mask=j < m)
+    if LOG:
+        tl.store(masses + part * width_m + j, mass, mask=j < m)
+
+
+# ---- configurations
+
+# Columns of the tile that holds whole rows in registers: (its rows, warps).
+TILES = {
+    128: (32, 8),
+    256: (16, 8),
+    512: (8, 8),
+    1024: (4, 8),
+    2048: (2, 8),
+    4096: (1, 8),
+    8192: (1, 16),
+}
+MAX_COLS = max(TILES)
+STAGES = 3  # tiles on their way from memory while one is worked on
+BLOCK = 128  # columns that a program of the column launches adds up
+PARTS = 32  # partial sums that it reads at a time
+# Blocks of rows over all problems: two for each of an H200's 132 multiprocessors.
+PROGRAMS = 264
+# A program streams some 0.1 TB/s, all together 3 TB/s, and two launches cost 20 microseconds
+# (estimates): a program for each problem is faster from this many problems, or up to this size.
+MANY, SMALL = 32, 2**19
+# 1/epsilon up to which products of E's and the potentials' entries stay in float32's range.
+LARGEST_SHARPNESS = 64
+
+
+def solve(
+    similarity: Tensor,
+    shapes: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    weights: Tensor,
+    *,
+    bounds: tuple[int, int],
+    floor: tuple[int, int],
+    epsilon: float,
+    num_iters: int,
+    tol: float,
+    gradient: str,
+    loss: Tensor,
+    iterations: Tensor,
+    marginal_error: Tensor,
+) -> None:
+    """Solves Q problems in place: writes their entries of `loss`, `iterations`, `marginal_error`.
+
+    similarity: float32, flat: row i of problem q at offsets[q] + i * stride, stride = its columns
+        rounded up to a multiple of 4; becomes weights[q] * dL_q/dS, or scratch for "none".
+    shapes: int32 [Q, 2], rows and columns; offsets: int64 [Q], multiples of 4; order: int32 [Q],
+        problems by size, largest first; weights: float32 [Q]; loss, marginal_error: float32 [Q];
+        iterations: int32 [Q].
+    bounds: no problem has more rows or columns; configuration and scratch depend on these and Q.
+    floor: problems within these rows and columns are skipped, as are those without rows or columns:
+        nothing is written for either.
+    gradient: "none", "unrolled", "implicit" or "detached".
+
+    Raises ValueError where bounds[1] > MAX_COLS.
+    """
+    max_n, max_m = bounds
+    if max_m > MAX_COLS:
+        raise ValueError(f"bounds must have at most {MAX_COLS} columns, got {max_m}")
+    problems = order.numel()
+    if problems == 0 or max_n == 0 or max_m == 0:
+        return
+    tile = min(cols for cols in TILES if cols >= max_m)
+    tile_rows, warps = TILES[tile]
+    chunk = triton.cdiv(triton.cdiv(max_n * problems, PROGRAMS), tile_rows) * tile_rows
+    parts = triton.cdiv(max_n, chunk)
+    blocks = triton.cdiv(max_m, BLOCK)
+    width_n, width_m = triton.cdiv(max_n, 16) * 16, triton.cdiv(max_m, 16) * 16
+    one_program_each = problems >= MANY or max_n * max_m <= SMALL
+    unrolled = gradient == "unrolled"
+    slots = num_iters + 1 if unrolled else 1
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=similarity.device)
+
+    rows, cols = scratch(problems, slots, width_n), scratch(problems, slots, width_m)
+    values: dict[str, Any] = {
+        "similarity": similarity,
+        "shapes": shapes,
+        "offsets": offsets,
+        "order": order,
+        "weights": weights,
+        "small_n": floor[0],
+        "small_m": floor[1],
+        "chunk": chunk,
+        "width_n": width_n,
+        "width_m": width_m,
+        "slots": slots,
+        "max_parts": parts,
+        "blocks": blocks,
+        "rows": rows,
+        "cols": cols,
+        "x": torch.empty_like(rows) if unrolled else None,
+        "y": torch.empty_like(cols) if unrolled else None,
+        "w": scratch(problems, width_m, dtype=torch.float64) if gradient == "implicit" else None,
+        "partial": scratch(problems, parts, width_m),
+        "masses": scratch(problems, parts, width_m),
+        "losses": scratch(problems, parts),
+        "errors": scratch(problems, blocks),
+        "loss": loss,
+        "iterations": iterations,
+        "marginal_error": marginal_error,
+        "num_iters": num_iters,
+        "tol": float(tol) if tol > 0 else -1.0,
+        "sharpness": 1 / epsilon,
+        "COLS": tile,
+        "R": tile_rows,
+        "LOG": 1 / epsilon > LARGEST_SHARPNESS,
+        "GRADIENT": gradient,
+        "STAGES": STAGES,
+        "BLOCK": BLOCK,
+        "BLOCKS": triton.next_power_of_2(blocks),
+        "PARTS": PARTS,
+    }
+
+    def launch(kernel: Any, *grid: int, **more: int) -> None:
+        launches[kernel.__name__] += 1
+        arguments = {**values, **more}
+        kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=warps)
+
+    with torch.cuda.device_of(similarity):
+        launch(_softmax_kernel, problems, parts)
+        if one_program_each:
+            launch(_iterate_kernel, problems)
+        else:
+            for k in range(1, num_iters + 2):
+                launch(_cols_kernel, problems, blocks, k=k)
+                launch(_rows_kernel, problems, parts, k=k)
+        launch(_finish_kernel, problems, parts)
+        launch(_loss_kernel, problems)
+        if gradient == "none":
+            return
+        if unrolled and one_program_each:
+            launch(_reverse_kernel, problems)
+        elif unrolled:
+            for step in range(num_iters):
+                launch(_reverse_cols_kernel, problems, blocks, step=step)
+                launch(_reverse_rows_kernel, problems, parts, step=step)
+        elif gradient == "implicit":
+            launch(_fixed_point_kernel, problems)
+        launch(_gradient_kernel, problems, parts)
