@@ -87,34 +87,31 @@ def _nothing(LOG: tl.constexpr):
 
 
 @triton.jit
-def _load_col(vector, j, m, LOG: tl.constexpr):
-    return tl.load(vector + j, mask=j < m, other=_nothing(LOG))
-
-
-@triton.jit
-def _sum_parts(partial, parts, j, m, width_m, PARTS: tl.constexpr):
-    """Sum over [parts, m]."""
+def _sum_parts(partial, parts, j, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """Column sums of [parts, COLS]."""
     total = tl.zeros([PARTS, j.shape[0]], tl.float32)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
-        at = partial + part[:, None] * width_m + j[None, :]
-        total += tl.load(at, mask=(part < parts)[:, None] & (j < m)[None, :], other=0)
+        at = partial + part[:, None] * COLS + j[None, :]
+        total += tl.load(at, mask=(part < parts)[:, None], other=0)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _first_col(partial, parts, j, m, width_m, PARTS: tl.constexpr, LOG: tl.constexpr):
+def _first_col(
+    partial, parts, j, m, COLS: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr
+):  # fmt: skip
     """g_1 from the parts' column sums of E, in logarithms where LOG."""
     if LOG:
         top = tl.full([j.shape[0]], float("-inf"), tl.float32)
         for part in range(parts):
-            top = tl.maximum(top, tl.load(partial + part * width_m + j, mask=j < m, other=0))
+            top = tl.maximum(top, tl.load(partial + part * COLS + j))
         total = tl.zeros([j.shape[0]], tl.float32)
         for part in range(parts):
-            total += tl.exp(tl.load(partial + part * width_m + j, mask=j < m, other=0) - top)
+            total += tl.exp(tl.load(partial + part * COLS + j) - top)
         col = -top - tl.log(m * total)
     else:
-        col = 1 / (m * _sum_parts(partial, parts, j, m, width_m, PARTS))
+        col = 1 / (m * _sum_parts(partial, parts, j, COLS, PARTS))
     return tl.where(j < m, col, _nothing(LOG))
 
 
@@ -187,7 +184,7 @@ def _adjoint_col(gbar, masses, j, m, LOG: tl.constexpr):
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
 def _softmax_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
     rows, partial, iterations, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
@@ -207,8 +204,10 @@ def _softmax_kernel(
         i = first + tl.arange(0, R)
         at, mask = _entries(matrix, i, j, end, m)
         s = tl.where((j < m)[None, :], tl.load(at, mask=mask, other=0), float("-inf"))
-        at_argmax = j[None, :] == tl.argmax(s, 1)[:, None]
-        exponential = tl.where(at_argmax, 0, tl.exp(s - tl.max(s, 1)[:, None]))
+        largest = tl.max(s, 1)[:, None]
+        first_largest = tl.min(tl.where(s == largest, j[None, :], COLS), 1)
+        at_argmax = j[None, :] == first_largest[:, None]
+        exponential = tl.where(at_argmax, 0, tl.exp(s - largest))
         # Infinity minus itself: NaN or infinity anywhere makes the row NaN.
         finite = tl.where((j < m)[None, :], s - s, 0)
         rest = tl.sum(exponential + finite, 1)[:, None]
@@ -223,21 +222,21 @@ def _softmax_kernel(
             total += tl.where((i < end)[:, None], tl.exp(exponent), 0)
     sums = tl.sum(total, 0)
     if LOG:
-        largest = tl.max(top, 0)
+        col_top = tl.max(top, 0)
         tl.debug_barrier()  # p is read back by other threads
         for first in range(begin, end, R):
             i = first + tl.arange(0, R)
             at, mask = _entries(matrix, i, j, end, m)
-            exponent = -sharpness * _cost(tl.load(at, mask=mask, other=0)) - largest[None, :]
+            exponent = -sharpness * _cost(tl.load(at, mask=mask, other=0)) - col_top[None, :]
             total += tl.where((i < end)[:, None], tl.exp(exponent), 0)
-        sums = largest + tl.log(tl.sum(total, 0))
+        sums = col_top + tl.log(tl.sum(total, 0))
     part = q * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial + part * width_m + j, sums, mask=j < m)
+    tl.store(partial + part * COLS + j, sums)
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
 def _finish_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
     rows, cols, partial, masses, losses, iterations, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +252,7 @@ def _finish_kernel(
     j = tl.arange(0, COLS)
     last = tl.load(iterations + q) if GRADIENT == "unrolled" else 0
     rows += (q * slots + last) * width_n
-    col = _load_col(cols + (q * slots + last) * width_m, j, m, LOG)
+    col = tl.load(cols + (q * slots + last) * COLS + j)
     loss = tl.zeros([R], tl.float32)
     gbar = tl.zeros([R, COLS], tl.float32)
     mass = tl.zeros([R, COLS], tl.float32)
@@ -277,9 +276,9 @@ def _finish_kernel(
     part = q * tl.num_programs(1) + tl.program_id(1)
     tl.store(losses + part, tl.sum(loss, 0) / n)
     if GRADIENT == "unrolled":
-        tl.store(partial + part * width_m + j, tl.sum(gbar, 0), mask=j < m)
+        tl.store(partial + part * COLS + j, tl.sum(gbar, 0))
     if GRADIENT == "unrolled" or GRADIENT == "implicit":
-        tl.store(masses + part * width_m + j, tl.sum(mass, 0), mask=j < m)
+        tl.store(masses + part * COLS + j, tl.sum(mass, 0))
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk"])
@@ -297,7 +296,7 @@ def _loss_kernel(
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
 def _gradient_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
     rows, cols, x, y, w, weights, iterations, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -312,23 +311,24 @@ def _gradient_kernel(
     weight = tl.load(weights + q)
     last = tl.load(iterations + q) if GRADIENT == "unrolled" else 0
     rows += q * slots * width_n
-    cols += q * slots * width_m
-    x += q * slots * width_n
-    y += q * slots * width_m
+    cols += q * slots * COLS
+    if GRADIENT == "unrolled":
+        x += q * slots * width_n
+        y += q * slots * COLS
     for first in range(begin, end, R):
         i = first + tl.arange(0, R)
         at, mask = _entries(matrix, i, j, end, m)
         kept = tl.load(at, mask=mask, other=0)
         cost = _cost(kept)
         row = tl.load(rows + last * width_n + i, mask=i < end, other=_nothing(LOG))
-        col = _load_col(cols + last * width_m, j, m, LOG)
+        col = tl.load(cols + last * COLS + j)
         plan = _plan(cost, row, col, sharpness, LOG)
         total = tl.where(i < end, tl.sum(plan, 1), 1)
         plan *= (1 / (n * total))[:, None]
         slope = -plan
         if GRADIENT == "implicit":
             # dL/dA = T * (C - z - w), z = row means of C - w; in double, since the sum cancels.
-            free = cost.to(tl.float64) - tl.load(w + q * width_m + j, mask=j < m, other=0)[None, :]
+            free = cost.to(tl.float64) - tl.load(w + q * COLS + j)[None, :]
             plan64 = plan.to(tl.float64)
             z = tl.sum(plan64 * free, 1) / tl.where(i < end, tl.sum(plan64, 1), 1)
             slope += sharpness * (plan64 * (free - z[:, None])).to(tl.float32)
@@ -338,14 +338,14 @@ def _gradient_kernel(
             sums = tl.zeros([R, COLS], tl.float32)
             for step in range(last):
                 k = last - step
-                y_now = tl.load(y + k * width_m + j, mask=j < m, other=0)
+                y_now = tl.load(y + k * COLS + j)
                 row = tl.load(rows + (k - 1) * width_n + i, mask=i < end, other=_nothing(LOG))
                 if LOG:
                     bend -= _plan(cost, row, col, sharpness, LOG) * y_now[None, :]
                 else:
                     sums -= row[:, None] * (col * y_now)[None, :]
                 if k > 1:
-                    col = _load_col(cols + (k - 1) * width_m, j, m, LOG)
+                    col = tl.load(cols + (k - 1) * COLS + j)
                     x_now = tl.load(x + (k - 1) * width_n + i, mask=i < end, other=0)
                     if LOG:
                         bend += _plan(cost, row, col, sharpness, LOG) * x_now[:, None]
@@ -367,7 +367,7 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "num_iters"])
 def _iterate_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots, max_parts,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots, max_parts,
     rows, cols, partial, iterations, marginal_error, num_iters, tol, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -377,7 +377,7 @@ def _iterate_kernel(
     matrix = _matrix(similarity, offsets, q)
     j = tl.arange(0, COLS)
     parts = tl.cdiv(n, chunk)
-    next_col = _first_col(partial + q * max_parts * width_m, parts, j, m, width_m, R, LOG)
+    next_col = _first_col(partial + q * max_parts * COLS, parts, j, m, COLS, R, LOG)
     k = 0
     running = True
     error = 0.0
@@ -385,7 +385,7 @@ def _iterate_kernel(
         k += 1
         col = next_col
         slot = q * slots + tl.minimum(k, slots - 1)
-        tl.store(cols + slot * width_m + j, col, mask=j < m)
+        tl.store(cols + slot * COLS + j, col)
         total = _sweep(
             matrix, rows + slot * width_n, col, 0, n, n, m, j, sharpness, R, LOG, STAGES
         )  # fmt: skip
@@ -397,7 +397,7 @@ def _iterate_kernel(
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts"])
 def _reverse_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots, max_parts,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots, max_parts,
     rows, cols, x, y, partial, masses, iterations, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -409,29 +409,29 @@ def _reverse_kernel(
     parts = tl.cdiv(n, chunk)
     k = tl.load(iterations + q)
     rows += (q * slots + k) * width_n
-    cols += (q * slots + k) * width_m
+    cols += (q * slots + k) * COLS
     x += (q * slots + k) * width_n
-    y += (q * slots + k) * width_m
-    gbar = _sum_parts(partial + q * max_parts * width_m, parts, j, m, width_m, R)
+    y += (q * slots + k) * COLS
+    gbar = _sum_parts(partial + q * max_parts * COLS, parts, j, COLS, R)
     mass = gbar
     if LOG:
-        mass = _sum_parts(masses + q * max_parts * width_m, parts, j, m, width_m, R)
-    col = _load_col(cols, j, m, LOG)
+        mass = _sum_parts(masses + q * max_parts * COLS, parts, j, COLS, R)
+    col = tl.load(cols + j)
     while k > 1:
         y_now = _adjoint_col(gbar, mass, j, m, LOG)
-        tl.store(y + j, y_now, mask=j < m)
+        tl.store(y + j, y_now)
         rows -= width_n
-        cols -= width_m
+        cols -= COLS
         x -= width_n
-        y -= width_m
-        col_before = _load_col(cols, j, m, LOG)
+        y -= COLS
+        col_before = tl.load(cols + j)
         gbar, mass = _reverse_sweep(
             matrix, rows, rows - width_n, x, col, col_before, y_now, 0, n, m, j, sharpness,
             R, LOG, STAGES,
         )  # fmt: skip
         col = col_before
         k -= 1
-    tl.store(y + j, _adjoint_col(gbar, mass, j, m, LOG), mask=j < m)
+    tl.store(y + j, _adjoint_col(gbar, mass, j, m, LOG))
 
 
 @triton.jit
@@ -457,7 +457,7 @@ def _schur(
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "max_parts"])
 def _fixed_point_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, max_parts,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, max_parts,
     rows, cols, masses, w, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
@@ -470,9 +470,9 @@ def _fixed_point_kernel(
     matrix = _matrix(similarity, offsets, q)
     rows += q * width_n
     j = tl.arange(0, COLS)
-    col = _load_col(cols + q * width_m, j, m, LOG)
+    col = tl.load(cols + q * COLS + j)
     c = _sum_parts(
-        masses + q * max_parts * width_m, tl.cdiv(n, chunk), j, m, width_m, R
+        masses + q * max_parts * COLS, tl.cdiv(n, chunk), j, COLS, R
     ).to(tl.float64)  # fmt: skip
     inverse = tl.where(c > 0, 1 / c, 0)
     residual = _schur(matrix, rows, col, c, n, m, j, sharpness, R, LOG, True)
@@ -493,7 +493,7 @@ def _fixed_point_kernel(
         direction = inverse * residual + (next_norm / norm) * direction
         norm = next_norm
         step += 1
-    tl.store(w + q * width_m + j, solution, mask=j < m)
+    tl.store(w + q * COLS + j, solution)
 
 
 # ---- few problems: two launches an iteration, over blocks of columns and of rows
@@ -501,34 +501,35 @@ def _fixed_point_kernel(
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "k", "num_iters"])
 def _cols_kernel(
-    shapes, order, small_n, small_m, chunk, width_m, slots, max_parts,
+    shapes, order, small_n, small_m, chunk, slots, max_parts,
     cols, partial, errors, iterations, k, num_iters,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr,
+    COLS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """The column error of iteration k - 1 and g_k."""
     q, n, m, here = _problem(shapes, order, small_n, small_m)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if not here or tl.program_id(1) * BLOCK >= m or tl.load(iterations + q) > 0:
+    if not here or tl.load(iterations + q) > 0:
         return
-    partial += q * max_parts * width_m
+    partial += q * max_parts * COLS
     parts = tl.cdiv(n, chunk)
-    cols += q * slots * width_m + j
+    cols += q * slots * COLS + j
     if k == 1:
-        col = _first_col(partial, parts, j, m, width_m, PARTS, LOG)
+        col = _first_col(partial, parts, j, m, COLS, PARTS, LOG)
     else:
-        total = _sum_parts(partial, parts, j, m, width_m, PARTS)
-        before = tl.load(cols + tl.minimum(k - 1, slots - 1) * width_m, mask=j < m, other=0)
+        total = _sum_parts(partial, parts, j, COLS, PARTS)
+        before = tl.load(cols + tl.minimum(k - 1, slots - 1) * COLS)
         col, error = _next_col(before, total, j, m, LOG)
-        tl.store(errors + q * tl.num_programs(1) + tl.program_id(1), error)
-    tl.store(cols + tl.minimum(k, slots - 1) * width_m, col, mask=(j < m) & (k <= num_iters))
+        tl.store(errors + q * (COLS // BLOCK) + tl.program_id(1), error)
+    if k <= num_iters:
+        tl.store(cols + tl.minimum(k, slots - 1) * COLS, col)
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "k", "num_iters"])
 def _rows_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
-    rows, cols, partial, errors, blocks, iterations, marginal_error, k, num_iters, tol, sharpness,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
+    rows, cols, partial, errors, iterations, marginal_error, k, num_iters, tol, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Ends a problem that converged in iteration k - 1, or k - 1 = num_iters; else f_k."""
     q, n, m, here = _problem(shapes, order, small_n, small_m)
@@ -537,9 +538,7 @@ def _rows_kernel(
     if not here or begin >= n or tl.load(iterations + q) > 0:
         return
     if k > 1:
-        block = tl.arange(0, BLOCKS)
-        mine = (block < tl.cdiv(m, BLOCK))
-        error = tl.sum(tl.load(errors + q * blocks + block, mask=mine, other=0), 0)
+        error = tl.sum(tl.load(errors + q * (COLS // BLOCK) + tl.arange(0, COLS // BLOCK)), 0)
         if (error <= tol) | (k > num_iters):
             if begin == 0:
                 tl.store(iterations + q, k - 1)
@@ -547,39 +546,39 @@ def _rows_kernel(
             return
     j = tl.arange(0, COLS)
     slot = q * slots + tl.minimum(k, slots - 1)
-    col = _load_col(cols + slot * width_m, j, m, LOG)
+    col = tl.load(cols + slot * COLS + j)
     total = _sweep(
         _matrix(similarity, offsets, q), rows + slot * width_n, col, begin, tl.minimum(begin + chunk, n), n, m, j,
         sharpness, R, LOG, STAGES,
     )  # fmt: skip
     part = q * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial + part * width_m + j, total, mask=j < m)
+    tl.store(partial + part * COLS + j, total)
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "step"])
 def _reverse_cols_kernel(
-    shapes, order, small_n, small_m, chunk, width_m, slots, max_parts,
+    shapes, order, small_n, small_m, chunk, slots, max_parts,
     y, partial, masses, iterations, step,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr,
+    COLS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """y_k, k = iterations - step."""
     q, n, m, here = _problem(shapes, order, small_n, small_m)
     k = tl.load(iterations + q) - step
-    if not here or tl.program_id(1) * BLOCK >= m or k < 1:
+    if not here or k < 1:
         return
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     parts = tl.cdiv(n, chunk)
-    gbar = _sum_parts(partial + q * max_parts * width_m, parts, j, m, width_m, PARTS)
+    gbar = _sum_parts(partial + q * max_parts * COLS, parts, j, COLS, PARTS)
     mass = gbar
     if LOG:
-        mass = _sum_parts(masses + q * max_parts * width_m, parts, j, m, width_m, PARTS)
+        mass = _sum_parts(masses + q * max_parts * COLS, parts, j, COLS, PARTS)
     y_now = _adjoint_col(gbar, mass, j, m, LOG)
-    tl.store(y + (q * slots + k) * width_m + j, y_now, mask=j < m)
+    tl.store(y + (q * slots + k) * COLS + j, y_now)
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "step"])
 def _reverse_rows_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, width_m, slots,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
     rows, cols, x, y, partial, masses, iterations, step, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -593,14 +592,14 @@ def _reverse_rows_kernel(
     now = q * slots + k - 1
     gbar, mass = _reverse_sweep(
         _matrix(similarity, offsets, q), rows + now * width_n, rows + (now - 1) * width_n, x + now * width_n,
-        _load_col(cols + (now + 1) * width_m, j, m, LOG), _load_col(cols + now * width_m, j, m, LOG),
-        tl.load(y + (now + 1) * width_m + j, mask=j < m, other=0),
+        tl.load(cols + (now + 1) * COLS + j), tl.load(cols + now * COLS + j),
+        tl.load(y + (now + 1) * COLS + j),
         begin, tl.minimum(begin + chunk, n), m, j, sharpness, R, LOG, STAGES,
     )  # fmt: skip
     part = q * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial + part * width_m + j, gbar, mask=j < m)
+    tl.store(partial + part * COLS + j, gbar)
     if LOG:
-        tl.store(masses + part * width_m + j, mass, mask=j < m)
+        tl.store(masses + part * COLS + j, mass)
 
 
 # ---- configurations
@@ -669,8 +668,8 @@ def solve(
     tile_rows, warps = TILES[tile]
     chunk = triton.cdiv(triton.cdiv(max_n * problems, PROGRAMS), tile_rows) * tile_rows
     parts = triton.cdiv(max_n, chunk)
-    blocks = triton.cdiv(max_m, BLOCK)
-    width_n, width_m = triton.cdiv(max_n, 16) * 16, triton.cdiv(max_m, 16) * 16
+    blocks = tile // BLOCK
+    width_n = triton.cdiv(max_n, 16) * 16
     one_program_each = problems >= MANY or max_n * max_m <= SMALL
     unrolled = gradient == "unrolled"
     slots = num_iters + 1 if unrolled else 1
@@ -678,7 +677,7 @@ def solve(
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=similarity.device)
 
-    rows, cols = scratch(problems, slots, width_n), scratch(problems, slots, width_m)
+    rows, cols = scratch(problems, slots, width_n), scratch(problems, slots, tile)
     values: dict[str, Any] = {
         "similarity": similarity,
         "shapes": shapes,
@@ -689,17 +688,15 @@ def solve(
         "small_m": floor[1],
         "chunk": chunk,
         "width_n": width_n,
-        "width_m": width_m,
         "slots": slots,
         "max_parts": parts,
-        "blocks": blocks,
         "rows": rows,
         "cols": cols,
         "x": torch.empty_like(rows) if unrolled else None,
         "y": torch.empty_like(cols) if unrolled else None,
-        "w": scratch(problems, width_m, dtype=torch.float64) if gradient == "implicit" else None,
-        "partial": scratch(problems, parts, width_m),
-        "masses": scratch(problems, parts, width_m),
+        "w": scratch(problems, tile, dtype=torch.float64) if gradient == "implicit" else None,
+        "partial": scratch(problems, parts, tile),
+        "masses": scratch(problems, parts, tile),
         "losses": scratch(problems, parts),
         "errors": scratch(problems, blocks),
         "loss": loss,
@@ -714,7 +711,6 @@ def solve(
         "GRADIENT": gradient,
         "STAGES": STAGES,
         "BLOCK": BLOCK,
-        "BLOCKS": triton.next_power_of_2(blocks),
         "PARTS": PARTS,
     }
 
