@@ -80,10 +80,11 @@ class Distiller(nn.Module):
 
         layers = () if self.cross_cot is None else self.cross_cot.layers
         ours = token_states(self.student, student, layers)
-        ce = cross_entropy(ours) / all_tokens
+        total, correct = cross_entropy(ours)
+        ce = total / all_tokens
         loss = ce
         parts: dict[str, Tensor] = {"ce": ce.detach()}
-        metrics: dict[str, Tensor] = {}
+        metrics = {"token_accuracy": torch.stack([correct, torch.full_like(correct, num_tokens)])}
         if self.teacher is not None and teacher is not None:
             with torch.no_grad():
                 theirs = token_states(self.teacher, teacher, layers)

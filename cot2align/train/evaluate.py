@@ -119,7 +119,7 @@ def reference_loss(generator: Generator, rows: Sequence[Row], is_cot: bool) -> f
             name: value.to(generator.device) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
-        total += cross_entropy(token_states(generator.model, on_device)).item()
+        total += cross_entropy(token_states(generator.model, on_device))[0].item()
         tokens += len(batch["targets"])
     return total / tokens if tokens else None
 

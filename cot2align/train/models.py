@@ -84,22 +84,17 @@ def width(model: PreTrainedModel) -> int:
     return model.config.get_text_config().hidden_size
 
 
-def lm_logits(
-    model: PreTrainedModel, hidden: torch.Tensor, *, frozen: bool = False
-) -> torch.Tensor:
+def lm_logits(model: PreTrainedModel, hidden: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] of last hidden states [T, d]: the head, with its bias, and the scales that
-    configs name. frozen: no gradient flows to the head's parameters.
+    configs name. weights: in place of the head's parameters, in their order.
 
     The attributes are those in use across transformers: `logit_scale` multiplies, `logits_scaling`
     divides, `final_logit_softcapping` is the bound c of c tanh(logits / c).
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    if frozen:
-        constants = {name: p.detach() for name, p in head.named_parameters()}
-        logits = functional_call(head, constants, (hidden,))
-    else:
-        logits = head(hidden)
+    names = [name for name, _ in head.named_parameters()] if weights else []
+    logits = functional_call(head, dict(zip(names, weights, strict=True)), (hidden,))
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale
     if (divisor := getattr(config, "logits_scaling", None)) is not None:

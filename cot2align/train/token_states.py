@@ -1,27 +1,43 @@
 """What one model says of a batch: the states of the wanted positions, packed.
 
-`TokenStates` is the only thing that the losses see of a model. It holds no logits: they are made
-from the last hidden states and the head, in chunks of tokens, by `sum_over_tokens`, and made again
-in the backward pass, so that at most LOGITS_PER_CHUNK of them exist at a time, and none on padding.
+`TokenStates` is the only thing that the losses see of a model. It holds no logits: a loss asks
+`sum_over_tokens` for those of some states, which makes them chunk by chunk, once, on no padding.
+
+Memory: a chunk's logits, of all models together, are LOGITS_PER_CHUNK values: 256 MiB in float32,
+the *chunk set*. A loss is computed on a BLOCKS-th of the chunk at a time, its gradient is written
+over the logits and goes through the head before the next chunk is made. So forward and backward of
+any loss take less than 1.5 chunk sets above their inputs and gradients, however many tokens there
+are and however many intermediate results the loss has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from cot2align.train.config import UserError
 from cot2align.train.models import body_states, lm_logits
 
 LOGITS_PER_CHUNK = 2**26
+BLOCKS = 32
 NAMED_LAYERS = {"embed": 0, "last": -1}
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits [T, vocabulary] head(hidden, *weights), not yet made."""
+
+    head: Callable[..., Tensor]
+    hidden: Tensor
+    weights: tuple[Tensor, ...]
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -33,8 +49,8 @@ class TokenStates:
     hidden: [R, d], the last hidden states of the response; inputs, targets: int64 [R], the token
     at each of their positions and the one that it predicts; cu_responses: int32 [B + 1] on the CPU,
     those of each text.
-    head: [n, d] -> logits [n, V]; frozen_head: the same, its parameters as constants. vocabulary:
-    V. embed: int64 [n] -> the embedding table's rows [n, d].
+    head: (states [n, d], *weights) -> logits [n, V]; vocabulary: V. embed: int64 [n] -> the
+    embedding table's rows [n, d].
     alignment: of a student with MinED, see `data.collate`.
     """
 
@@ -44,11 +60,16 @@ class TokenStates:
     inputs: Tensor
     targets: Tensor
     cu_responses: Tensor
-    head: Callable[[Tensor], Tensor]
-    frozen_head: Callable[[Tensor], Tensor]
+    head: Callable[..., Tensor]
+    weights: tuple[Tensor, ...]
     vocabulary: int
     embed: Callable[[Tensor], Tensor]
     alignment: dict[str, Tensor] | None = None
+
+    def logits(self, hidden: Tensor, *, frozen: bool = False) -> Logits:
+        """What the head says of `hidden` [n, d]; frozen: no gradient flows to its weights."""
+        weights = tuple(w.detach() for w in self.weights) if frozen else self.weights
+        return Logits(self.head, hidden, weights, self.vocabulary)
 
 
 def token_states(
@@ -70,7 +91,7 @@ def token_states(
         targets=batch["targets"],
         cu_responses=torch.tensor(batch["cu_responses"], dtype=torch.int32),
         head=partial(lm_logits, model),
-        frozen_head=partial(lm_logits, model, frozen=True),
+        weights=tuple(model.get_output_embeddings().parameters()),
         vocabulary=model.get_output_embeddings().weight.shape[0],
         embed=model.get_input_embeddings(),
         alignment=batch.get("alignment"),
@@ -98,21 +119,92 @@ def check_layers(model: PreTrainedModel, layers: Sequence[str]) -> None:
 
 
 def sum_over_tokens(
-    function: Callable[..., Tensor], *tensors: Tensor, logits_per_token: int
-) -> Tensor:
-    """Sum of `function(*chunk)` over chunks of tokens, dimension 0 of all `tensors`.
+    function: Callable[..., Sequence[Tensor]], *logits: Logits, others: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """Sums over T tokens of the scalars `function(*logits, *others)`, float32.
 
-    `logits_per_token`: how many logits `function` makes of a token. One chunk is computed as it
-    stands; of more, each is computed again in the backward pass.
+    It is called with the same n tokens of each of `logits`, [n, V] in float32, and of `others`,
+    tensors [T, ...]. The first sum is differentiable with respect to the states and weights of
+    `logits`, the further ones are constants. Gradients are made in the forward pass, with the loss.
     """
-    total = tensors[0].shape[0]
-    chunk = max(1, LOGITS_PER_CHUNK // logits_per_token)
-    if total <= chunk:
-        return function(*tensors)
-    parts = [
-        checkpoint(
-            function, *(tensor[start : start + chunk] for tensor in tensors), use_reentrant=False
-        )
-        for start in range(0, total, chunk)
+    tensors = [tensor for side in logits for tensor in (side.hidden, *side.weights)]
+    if not torch.is_grad_enabled():
+        tensors = [tensor.detach() for tensor in tensors]
+    return _SumOverTokens.apply(function, logits, others, *tensors)
+
+
+class _SumOverTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, logits, others, *tensors):  # type: ignore[no-untyped-def]
+        leaves = [
+            tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True)
+        ]
+        rows = max(1, LOGITS_PER_CHUNK // sum(side.vocabulary for side in logits))
+        chunks = [
+            _chunk(function, logits, leaves, others, chunk, max(1, rows // BLOCKS))
+            for chunk in _slices(len(tensors[0]), rows)
+        ]
+        first, *rest = (torch.stack(values).sum() for values in zip(*chunks, strict=True))
+        ctx.mark_non_differentiable(*rest)
+        ctx.save_for_backward(*(leaf.grad for leaf in leaves))
+        return first, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+        gradients = (None if g is None else g * upstream for g in ctx.saved_tensors)
+        return None, None, None, *gradients
+
+
+def _chunk(
+    function: Callable[..., Sequence[Tensor]],
+    logits: Sequence[Logits],
+    leaves: Sequence[Tensor],
+    others: Sequence[Tensor],
+    chunk: slice,
+    block_rows: int,
+) -> list[Tensor]:
+    """The sums over one chunk; its gradients are added to those of the leaves."""
+    rest = iter(leaves)
+    with torch.enable_grad():
+        made = [
+            side.head(next(rest)[chunk], *(next(rest) for _ in side.weights)) for side in logits
+        ]
+    values = [
+        _block(function, [m[block] for m in made], [other[chunk][block] for other in others])
+        for block in _slices(len(made[0]), block_rows)
     ]
-    return torch.stack(parts).sum(0)
+    # Constants are freed first, then each side's as soon as the head has seen it.
+    made = [m for m in made if m.requires_grad]
+    while made:
+        _through_head(made.pop(0))
+    return [torch.stack(block_values).sum() for block_values in zip(*values, strict=True)]
+
+
+def _block(
+    function: Callable[..., Sequence[Tensor]], logits: Sequence[Tensor], others: Sequence[Tensor]
+) -> list[Tensor]:
+    """The sums over one block, whose logits are overwritten by the first sum's gradient."""
+    made = [m.detach() for m in logits]
+    inputs = [
+        m.float().requires_grad_(side.requires_grad) for m, side in zip(made, logits, strict=True)
+    ]
+    with torch.enable_grad():
+        values = function(*inputs, *others)
+    trained = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+    if trained:
+        gradients = torch.autograd.grad(values[0], [inputs[i] for i in trained])
+        for i, gradient in zip(trained, gradients, strict=True):
+            made[i].copy_(gradient)
+    return [value.detach() for value in values]
+
+
+def _through_head(logits: Tensor) -> None:
+    logits.backward(logits.detach())
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    """Of nothing, one empty slice: a sum over no tokens has its terms, too."""
+    for start in range(0, max(length, 1), size):
+        yield slice(start, start + size)

@@ -3,8 +3,6 @@ without a model."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
@@ -74,8 +72,8 @@ def one_tokenizer(workspace) -> Pair:
 
 
 def random_states(seed: int, lengths: list[int], width: int, vocabulary: int) -> TokenStates:
-    """States without a model, `lengths` response tokens a text; head and embeddings are matrices
-    that take part in no gradient but the head's own, `head.keywords["weight"]`."""
+    """States without a model, `lengths` response tokens a text; head and embeddings are
+    matrices."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(sum(lengths), width, generator=generator).requires_grad_()
     weight = (
@@ -91,8 +89,8 @@ def random_states(seed: int, lengths: list[int], width: int, vocabulary: int) ->
         inputs=inputs,
         targets=targets,
         cu_responses=bounds,
-        head=partial(_matrix_head, weight=weight),
-        frozen_head=partial(_matrix_head, weight=weight.detach()),
+        head=_matrix_head,
+        weights=(weight,),
         vocabulary=vocabulary,
         embed=table.__getitem__,
     )

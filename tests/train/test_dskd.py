@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cot2align.train import token_states as token_states_module
 from cot2align.train.config import DistillConfig, UserError
 from cot2align.train.data import collate
+from cot2align.train.losses.cross_entropy import cross_entropy
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.token_states import TokenStates, token_states
 from cot2align.train.trainer import kd_loss
@@ -64,13 +65,14 @@ def direct_dskd(
             value = modules["t2s"](H / H.std() + E_target / E_target.std())
             z = scores.softmax(1) @ value
             r = scores.T.softmax(1) @ modules["s2t"](h)
-        z, r = student.frozen_head(z), teacher.frozen_head(r)
+        W_s, W_t = student.weights[0].double(), teacher.weights[0].detach().double()
+        z, r = z @ W_s.detach().T, r @ W_t.T
         sums["ce"] = sums["ce"] - z.log_softmax(-1)[range(len(target)), target].sum()
         correct = z.argmax(-1) == target
-        distance = direct_kl(z.detach(), student.head(h), dskd.temperature)
+        distance = direct_kl(z.detach(), h @ W_s.T, dskd.temperature)
         counted = distance if dskd.query is None else distance[correct]
         sums["t2s"] = sums["t2s"] + counted.sum()
-        sums["s2t"] = sums["s2t"] + direct_kl(teacher.frozen_head(H), r, dskd.temperature).sum()
+        sums["s2t"] = sums["s2t"] + direct_kl(H @ W_t.T, r, dskd.temperature).sum()
         sums["correct"] = sums["correct"] + correct.sum()
     return sums
 
@@ -94,7 +96,7 @@ def test_values_and_gradients(one_vocabulary, chunk, monkeypatch) -> None:
     assert actual.metrics["dskd/t2s_accuracy"].tolist() == [expected["correct"].item(), 13]
     assert 0 < expected["correct"] < 13
 
-    weight = student.head.keywords["weight"]
+    weight = student.weights[0]
     ours = torch.autograd.grad(actual.total, [student.hidden, weight, *dskd.parameters()])
     theirs = torch.autograd.grad(total, [hidden, weight, *dskd.parameters()])
     for gradient, exact in zip(ours, theirs, strict=True):
@@ -123,16 +125,13 @@ def test_models(pair_name, request) -> None:
 
 
 def in_double(pair: Pair, side: str) -> TokenStates:
-    """The states that the definition needs: the inputs read from the texts, the head a product."""
+    """The states that the definition needs, with the inputs read from the texts."""
     texts = [getattr(text, side) for example in pair.examples for text in example.texts]
     inputs = [i for text in texts for i in text.ids[text.prompt_length - 1 : -1]]
     model = pair.models[side]
-    weight = model.get_output_embeddings().weight.double()
     return dataclasses.replace(
         pair.states(side),
         inputs=torch.tensor(inputs),
-        head=lambda hidden: hidden @ weight.T,
-        frozen_head=lambda hidden: hidden @ weight.detach().T,
         embed=model.get_input_embeddings().weight.__getitem__,
     )
 
@@ -146,7 +145,7 @@ def test_a_teacher_equal_to_the_student() -> None:
     parts = dskd(states, states).parts
     assert abs(parts["kd/t2s"]) < 1e-5
     assert abs(parts["kd/s2t"]) < 1e-5
-    ce = nn.functional.cross_entropy(states.head(states.hidden), states.targets, reduction="sum")
+    ce = cross_entropy(states)[0]
     assert parts["kd/t2s_ce"].item() == pytest.approx(ce.item(), rel=1e-5)
 
 

@@ -33,7 +33,7 @@ def test_packed_states_are_those_of_each_text_alone(side, tokens, workspace) -> 
     assert states.cu_seqlens.diff().tolist() == [len(text["last"]) for text in texts]
     assert states.targets.tolist() == torch.cat([text["targets"] for text in texts]).tolist()
     expected = torch.cat([text["logits"] for text in texts])
-    logits = states.head(states.hidden)
+    logits = states.head(states.hidden, *states.weights)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
     assert states.vocabulary == logits.shape[1]
 
@@ -44,8 +44,10 @@ def test_cross_entropy(two_tokenizers) -> None:
         -text["logits"].log_softmax(-1)[range(len(text["targets"])), text["targets"]].sum()
         for text in texts
     )
-    actual = cross_entropy(two_tokenizers.states("student"))
+    actual, correct = cross_entropy(two_tokenizers.states("student"))
     assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
+    hits = [text["logits"].argmax(-1) == text["targets"] for text in texts]
+    assert correct.item() == torch.cat(hits).sum()
 
 
 def test_chunks_change_nothing(one_tokenizer, monkeypatch) -> None:
@@ -54,7 +56,7 @@ def test_chunks_change_nothing(one_tokenizer, monkeypatch) -> None:
     def losses_and_gradients() -> list[Tensor]:
         student, teacher = pair.states("student"), pair.states("teacher")
         terms = [
-            cross_entropy(student),
+            cross_entropy(student)[0],
             kl(student, teacher, divergence="js", temperature=2.0).total,
         ]
         parameters = list(pair.models["student"].parameters())
@@ -66,7 +68,7 @@ def test_chunks_change_nothing(one_tokenizer, monkeypatch) -> None:
     made = []
     head = token_states_module.lm_logits
     monkeypatch.setattr(
-        token_states_module, "lm_logits", lambda m, h: made.append(len(h)) or head(m, h)
+        token_states_module, "lm_logits", lambda m, h, *w: made.append(len(h)) or head(m, h, *w)
     )
     monkeypatch.setattr(token_states_module, "LOGITS_PER_CHUNK", 800 * 7)
     chunked = losses_and_gradients()
@@ -281,7 +283,7 @@ def test_objective_is_equation_16(one_tokenizer) -> None:
     parts = output["parts"]
     student, teacher = pair.states("student"), pair.states("teacher")
     tokens = pair.batch["num_tokens"]
-    assert parts["ce"].item() == pytest.approx(cross_entropy(student).item() / tokens)
+    assert parts["ce"].item() == pytest.approx(cross_entropy(student)[0].item() / tokens)
     expected_kd = distiller.kd(student, teacher).total / tokens
     assert parts["kd"].item() == pytest.approx(expected_kd.item())
     assert parts["ot"].item() == pytest.approx((parts["ot/cst"] + parts["ot/crc"]).item())

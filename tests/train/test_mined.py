@@ -152,14 +152,18 @@ def test_value_and_gradient(chunk, monkeypatch) -> None:
     student = dataclasses.replace(student, alignment=alignment)
     actual = MinED(ids, temperature=2.0)(student, teacher)
     hidden = student.hidden.detach().double().requires_grad_()
-    logits = teacher.frozen_head(teacher.hidden.detach().double())
+    (weight,) = student.weights
+    logits = teacher.head(teacher.hidden.detach().double(), *teacher.weights)
     expected = direct_mined(
-        student.head(hidden), student.targets.tolist(), logits, partners.tolist(), ids.tolist()
+        hidden @ weight.double().T,
+        student.targets.tolist(),
+        logits,
+        partners.tolist(),
+        ids.tolist(),
     )
     assert actual.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert actual.total == sum(actual.parts.values())
     assert actual.metrics["mined/aligned_share"].tolist() == [8, 13]
-    weight = student.head.keywords["weight"]
     ours = torch.autograd.grad(actual.total, [student.hidden, weight])
     theirs = torch.autograd.grad(expected, [hidden, weight])
     for gradient, exact in zip(ours, theirs, strict=True):

@@ -48,8 +48,10 @@ def test_gradient(chunk, monkeypatch) -> None:
     (actual,) = torch.autograd.grad(uld(student, teacher, temperature=1.5).total, student.hidden)
     hidden = student.hidden.detach().double().requires_grad_()
     expected = torch.zeros((), dtype=torch.float64)
-    ours = student.head(hidden).div(1.5).softmax(-1).sort(-1, descending=True).values
-    theirs = teacher.head(teacher.hidden.detach().double()).div(1.5).softmax(-1)
+    ours = (
+        student.head(hidden, *student.weights).div(1.5).softmax(-1).sort(-1, descending=True).values
+    )
+    theirs = teacher.head(teacher.hidden.detach().double(), *teacher.weights).div(1.5).softmax(-1)
     theirs = theirs.sort(-1, descending=True).values
     for n, m, begin, other in zip(*lengths, (0, 5, 6), (0, 3, 7), strict=True):
         for k in range(min(n, m)):
@@ -66,8 +68,8 @@ def test_equal_models_are_at_zero() -> None:
     total = uld(states, states, temperature=1.0).total
     assert total.item() == 0
     # A certain teacher against a uniform student of V tokens: 2 - 2 / V.
-    sure = dataclasses.replace(states, head=lambda hidden: torch.eye(11)[[3] * len(hidden)] * 1e4)
-    even = dataclasses.replace(states, head=lambda hidden: hidden[:, :4] * 0, vocabulary=4)
+    sure = dataclasses.replace(states, head=lambda h, _: torch.eye(11)[[3] * len(h)] * 1e4)
+    even = dataclasses.replace(states, head=lambda h, _: h[:, :4] * 0, vocabulary=4)
     total = uld(even, sure, temperature=1.0).total
     assert total.item() == pytest.approx(6 * (2 - 2 / 4))
 

@@ -1,4 +1,4 @@
-"""L_CE: the student's cross entropy on the response tokens."""
+"""L_CE: the student's cross entropy on the response tokens, and its accuracy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from torch.nn import functional as F
 from cot2align.train.token_states import TokenStates, sum_over_tokens
 
 
-def cross_entropy(student: TokenStates) -> Tensor:
-    """Sum over response tokens of -log p(target), nats, float32; a scalar."""
+def cross_entropy(student: TokenStates) -> tuple[Tensor, Tensor]:
+    """Sum over response tokens of -log p(target), nats, and the number of tokens whose most
+    probable one is the target; float32 scalars."""
 
-    def chunk_sum(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(student.head(hidden).float(), targets, reduction="sum")
+    def terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        correct = (logits.argmax(-1) == targets).sum()
+        return F.cross_entropy(logits, targets, reduction="sum"), correct.float()
 
-    return sum_over_tokens(
-        chunk_sum, student.hidden, student.targets, logits_per_token=student.vocabulary
+    total, correct = sum_over_tokens(
+        terms, student.logits(student.hidden), others=[student.targets]
     )
+    return total, correct

@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.divergences import DIVERGENCES, forward_kl
@@ -59,26 +60,26 @@ class DSKD(nn.Module):
         if self.query is None:
             to_student, to_teacher = self.t2s(teacher.hidden.float()), self.s2t(student.hidden)
         else:
-            to_student, to_teacher = self._attend(self.query, student, teacher)
-        ce, t2s, correct = sum_over_tokens(
-            lambda *chunk: self._student_space(student, *chunk),
-            to_student.to(student.hidden.dtype),
-            student.hidden,
-            student.targets,
-            logits_per_token=2 * student.vocabulary,
-        ).unbind()
-        s2t = sum_over_tokens(
-            lambda *chunk: self._teacher_space(teacher, *chunk),
-            to_teacher.to(teacher.hidden.dtype),
-            teacher.hidden,
-            logits_per_token=2 * teacher.vocabulary,
+            # Its intermediate results are as wide as 2D and would outlast the logits.
+            to_student, to_teacher = checkpoint(
+                self._attend, self.query, student, teacher, use_reentrant=False
+            )
+        in_student, ce, t2s, correct = sum_over_tokens(
+            self._student_space,
+            student.logits(to_student.to(student.hidden.dtype), frozen=True),
+            student.logits(student.hidden),
+            others=[student.targets],
         )
-        parts = {"kd/t2s_ce": ce, "kd/t2s": t2s, "kd/s2t": s2t}
+        (s2t,) = sum_over_tokens(
+            self._teacher_space,
+            teacher.logits(to_teacher.to(teacher.hidden.dtype), frozen=True),
+            teacher.logits(teacher.hidden, frozen=True),
+        )
         accuracy = torch.stack([correct, torch.full_like(correct, len(student.targets))])
         return KDLoss(
-            ce + t2s + s2t,
-            {name: part.detach() for name, part in parts.items()},
-            {"dskd/t2s_accuracy": accuracy.detach()},
+            in_student + s2t,
+            {"kd/t2s_ce": ce, "kd/t2s": t2s, "kd/s2t": s2t.detach()},
+            {"dskd/t2s_accuracy": accuracy},
         )
 
     def _attend(
@@ -107,24 +108,18 @@ class DSKD(nn.Module):
             to_teacher.append(_attention(k, q, v))
         return torch.cat(to_student), torch.cat(to_teacher)
 
-    def _student_space(
-        self, student: TokenStates, projected: Tensor, hidden: Tensor, targets: Tensor
-    ) -> Tensor:
-        z = student.frozen_head(projected).float()
+    def _student_space(self, z: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         ce = F.cross_entropy(z, targets, reduction="sum")
         z = z.detach()
-        log_q = (student.head(hidden).float() / self.temperature).log_softmax(-1)
-        distances = self.distance((z / self.temperature).log_softmax(-1), log_q)
+        log_p, log_q = ((x / self.temperature).log_softmax(-1) for x in (z, logits))
+        distances = self.distance(log_p, log_q)
         correct = z.argmax(-1) == targets
-        counted = distances if self.query is None else distances * correct
-        return torch.stack([ce, counted.sum(), correct.sum().float()])
+        t2s = (distances if self.query is None else distances * correct).sum()
+        return ce + t2s, ce, t2s, correct.sum().float()
 
-    def _teacher_space(self, teacher: TokenStates, projected: Tensor, hidden: Tensor) -> Tensor:
-        log_p, log_q = (
-            (teacher.frozen_head(states).float() / self.temperature).log_softmax(-1)
-            for states in (hidden, projected)
-        )
-        return forward_kl(log_p, log_q).sum()
+    def _teacher_space(self, r: Tensor, logits: Tensor) -> tuple[Tensor]:
+        log_p, log_q = ((x / self.temperature).log_softmax(-1) for x in (logits, r))
+        return (forward_kl(log_p, log_q).sum(),)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

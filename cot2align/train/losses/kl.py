@@ -35,19 +35,11 @@ def kl(
     vocabulary = min(student.vocabulary, teacher.vocabulary)
     distance = DIVERGENCES[divergence]
 
-    def log_probabilities(states: TokenStates, hidden: Tensor) -> Tensor:
-        logits = states.head(hidden)[:, :vocabulary].float()
-        return (logits / temperature).log_softmax(-1)
+    def terms(*logits: Tensor) -> tuple[Tensor]:
+        log_q, log_p = ((z[:, :vocabulary] / temperature).log_softmax(-1) for z in logits)
+        return (distance(log_p, log_q).sum(),)
 
-    def chunk_sum(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
-        log_q = log_probabilities(student, student_hidden)
-        log_p = log_probabilities(teacher, teacher_hidden)
-        return distance(log_p, log_q).sum()
-
-    total = sum_over_tokens(
-        chunk_sum,
-        student.hidden,
-        teacher.hidden,
-        logits_per_token=student.vocabulary + teacher.vocabulary,
+    (total,) = sum_over_tokens(
+        terms, student.logits(student.hidden), teacher.logits(teacher.hidden)
     )
     return KDLoss(total, {}, {})

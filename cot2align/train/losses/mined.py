@@ -169,19 +169,15 @@ class MinED(nn.Module):
         ours, theirs, rest = (
             student.alignment[name] for name in ("student", "teacher", "unaligned")
         )
-        aligned = sum_over_tokens(
-            lambda *chunk: self._moved_kl(student, teacher, *chunk),
-            student.hidden.index_select(0, ours),
-            teacher.hidden.index_select(0, theirs),
-            logits_per_token=student.vocabulary + teacher.vocabulary,
+        (aligned,) = sum_over_tokens(
+            self._moved_kl,
+            student.logits(student.hidden.index_select(0, ours)),
+            teacher.logits(teacher.hidden.index_select(0, theirs)),
         )
-        gold = sum_over_tokens(
-            lambda hidden, targets: F.cross_entropy(
-                student.head(hidden).float() / self.temperature, targets, reduction="sum"
-            ),
-            student.hidden.index_select(0, rest),
-            student.targets.index_select(0, rest),
-            logits_per_token=student.vocabulary,
+        (gold,) = sum_over_tokens(
+            self._cross_entropy,
+            student.logits(student.hidden.index_select(0, rest)),
+            others=[student.targets.index_select(0, rest)],
         )
         share = torch.tensor([len(ours), len(student.targets)], dtype=torch.float32)
         return KDLoss(
@@ -190,12 +186,13 @@ class MinED(nn.Module):
             {"mined/aligned_share": share.to(gold.device)},
         )
 
-    def _moved_kl(
-        self, student: TokenStates, teacher: TokenStates, ours: Tensor, theirs: Tensor
-    ) -> Tensor:
-        moved = teacher.head(theirs).index_select(1, self.source).float() / self.temperature
-        log_q = (student.head(ours).float() / self.temperature).log_softmax(-1)
-        return forward_kl(moved.log_softmax(-1), log_q.index_select(1, self.reached)).sum()
+    def _moved_kl(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor]:
+        moved = theirs.index_select(1, self.source) / self.temperature
+        log_q = (ours / self.temperature).log_softmax(-1).index_select(1, self.reached)
+        return (forward_kl(moved.log_softmax(-1), log_q).sum(),)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(logits / self.temperature, targets, reduction="sum"),)
 
 
 def _bytes(token: str, byte_level: bool) -> bytes:

@@ -21,20 +21,13 @@ def uld(student: TokenStates, teacher: TokenStates, *, temperature: float) -> KD
     shared = torch.minimum(student.cu_responses.diff(), teacher.cu_responses.diff())
     narrow = min(student.vocabulary, teacher.vocabulary)
 
-    def sorted_probabilities(states: TokenStates, hidden: Tensor) -> Tensor:
-        probabilities = (states.head(hidden).float() / temperature).softmax(-1)
-        return probabilities.sort(-1, descending=True).values
-
-    def chunk_sum(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
-        q = sorted_probabilities(student, student_hidden)
-        p = sorted_probabilities(teacher, teacher_hidden)
+    def terms(*logits: Tensor) -> tuple[Tensor]:
+        q, p = ((z / temperature).softmax(-1).sort(-1, descending=True).values for z in logits)
         rest = p[:, narrow:].sum() + q[:, narrow:].sum()
-        return (p[:, :narrow] - q[:, :narrow]).abs().sum() + rest
+        return ((p[:, :narrow] - q[:, :narrow]).abs().sum() + rest,)
 
-    total = sum_over_tokens(
-        chunk_sum,
-        *(_first_tokens(states, shared) for states in (student, teacher)),
-        logits_per_token=student.vocabulary + teacher.vocabulary,
+    (total,) = sum_over_tokens(
+        terms, *(states.logits(_first_tokens(states, shared)) for states in (student, teacher))
     )
     return KDLoss(total, {}, {})
 
