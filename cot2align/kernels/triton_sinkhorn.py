@@ -190,8 +190,12 @@ def _fused(
     row, col = rows < n, cols < m
     first_x, first_z = tl.load(firsts + 2 * q), tl.load(firsts + 2 * q + 1)
 
-    S = scale * _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
-    broken = tl.sum(tl.sum(S * 0.0, 1), 0)  # NaN where an entry is not finite
+    S = _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
+    # A branch, since it ends the way of a layout pass for Blackwell (Triton 3.7) that fails where
+    # it comes from a product to the sum of a sum.
+    if scale != 1.0:
+        S *= scale
+    broken = tl.sum(S * 0.0, 1)  # NaN where an entry is not finite, for the maximum passes over it
     S = tl.where(col[None, :], S, float("-inf"))
     top, argmax = tl.max(S, 1, return_indices=True)
     at_argmax = cols[None, :] == argmax[:, None]
@@ -245,18 +249,23 @@ def _fused(
     tl.store(iterations + q, k)
     tl.store(marginal_error + q, error)
     if GRADIENT != "none":
+        at = gradient + tl.load(offsets + q) + rows[:, None] * ((m + 3) // 4 * 4) + cols[None, :]
+        valid = row[:, None] & col[None, :]
         if GRADIENT == "unrolled":
             slope = _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG)
         elif GRADIENT == "implicit":
+            tl.store(at, p, mask=valid)  # leaves its registers to the iteration in double
             z_bar, w_bar = _fixed_point(T, C, 2 * m + 50)
+            tl.debug_barrier()
+            p = tl.load(at, mask=valid, other=0.0)
+            C = _cost(p, at_argmax, rest)
             slope = (T * ((C - z_bar[:, None] - w_bar[None, :]) / epsilon - 1.0)).to(tl.float32)
         else:
             slope = -T
         # Relative to the argmax, whose own p is all but 1 where the softmax saturates.
         slope -= tl.sum(tl.where(at_argmax, slope, 0.0), 1)[:, None]
         slope -= tl.sum(p * slope, 1)[:, None]
-        at = gradient + tl.load(offsets + q) + rows[:, None] * ((m + 3) // 4 * 4) + cols[None, :]
-        tl.store(at, tl.load(weights + q) * p * slope, mask=row[:, None] & col[None, :])
+        tl.store(at, tl.load(weights + q) * p * slope, mask=valid)
 
 
 @triton.jit(do_not_specialize=["floor_n", "floor_m", "tiles_n", "tiles_m"])
@@ -381,9 +390,17 @@ class Block(NamedTuple):
     stages: int
 
 
-# What has no register spills on sm_80, sm_90 and sm_100 (tests/kernels/test_triton.py).
-TILES = (Tile(32, 32, 4), Tile(64, 64, 4), Tile(64, 128, 8))
-FORWARD_TILES = (*TILES, Tile(128, 128, 8))
+# As large as the registers allow without spills (tests/kernels/test_triton.py).
+TILES = (Tile(32, 32, 2), Tile(64, 64, 8), Tile(64, 128, 16))
+
+
+def tiles_for(gradient: str, logarithmic: bool, capability: int) -> tuple[Tile, ...]:
+    """The tiles of `_fused`, each within the next, on a GPU of this major capability."""
+    tiles = TILES[:2] if gradient == "implicit" else TILES  # its matrices are of double precision
+    blackwell_spills = gradient == "implicit" or (gradient == "unrolled" and logarithmic)
+    return tiles[:-1] if capability >= 10 and blackwell_spills else tiles
+
+
 DEPTH = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 SIMILARITY = {
     torch.float32: Block(64, 64, 16, 4, 3),
@@ -458,7 +475,9 @@ def ot_loss(
     offsets = sizes.cumsum(0) - sizes
     order = sizes.argsort(descending=True, stable=True).int()
 
-    tiles = FORWARD_TILES if gradient == "none" else TILES
+    logarithmic = 1 / epsilon > LARGEST_EXPONENT
+    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    tiles = tiles_for(gradient, logarithmic, capability)
     fitting = [i for i, tile in enumerate(tiles) if max_n <= tile.rows and max_m <= tile.cols]
     launched = tiles[: fitting[0] + 1] if fitting else tiles
     if entries is None:
@@ -479,7 +498,7 @@ def ot_loss(
                 ROWS=tile.rows,
                 COLS=tile.cols,
                 DEPTH=DEPTH[x.dtype],
-                LOG=1 / epsilon > LARGEST_EXPONENT,
+                LOG=logarithmic,
                 GRADIENT=gradient,
                 UPCAST=upcast,
                 num_warps=tile.warps,
