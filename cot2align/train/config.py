@@ -138,7 +138,7 @@ class DistillConfig(TrainConfig):
         None, "softmax temperature of L_KD; none: 2, of uld 1", above=0
     )
     token_maps: str | None = setting(
-        None, "folder that keeps mined's vocabulary maps; none: ~/.cache/cot2align"
+        None, "folder that keeps mined's maps and alignments; none: ~/.cache/cot2align"
     )
     ot: bool = setting(True, "L_CCoT, the OT alignment")
     cst: bool = setting(True, "its same-format pairs, eq. 7")

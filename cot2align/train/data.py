@@ -308,14 +308,14 @@ def encode_rows(
     *,
     texts: str = "both",
     same_vocabulary: bool = False,
-    align: Callable[[Sequence[int], Sequence[int]], list[int]] | None = None,
+    align: Callable[[list[tuple[list[int], list[int]]]], list[list[int]]] | None = None,
 ) -> tuple[list[Example], dict[str, Cuts]]:
     """Every row's texts for one model or two, and what was cut ("student", "teacher").
 
     texts: "standard", "cot" or "both"; a row without a rationale has no CoT text, and a row with no
     text left is dropped. same_vocabulary: both tokenizers must give the same response ids (the
     models are compared position by position). Raises UserError where they do not, or where no row
-    is left. align: (student's, teacher's response ids) -> TextPair.alignment.
+    is left. align: [(student's, teacher's response ids)] -> each text's TextPair.alignment.
     """
     pairs: list[list[TextPair]] = [[] for _ in rows]
     cuts: dict[str, list[Cuts]] = {"student": [], "teacher": []}
@@ -325,11 +325,16 @@ def encode_rows(
         student_texts, cut = student.texts(chosen, is_cot)
         cuts["student"].append(cut)
         teacher_texts: Sequence[Text | None] = [None] * len(chosen)
+        alignments: Sequence[list[int] | None] = [None] * len(chosen)
         if teacher is not None:
-            teacher_texts, cut = teacher.texts(chosen, is_cot)
+            both, cut = teacher.texts(chosen, is_cot)
             cuts["teacher"].append(cut)
-        for index, student_text, teacher_text in zip(
-            members, student_texts, teacher_texts, strict=True
+            teacher_texts = both
+            if align is not None:
+                sides = zip(student_texts, both, strict=True)
+                alignments = align([(a.response_ids, b.response_ids) for a, b in sides])
+        for index, student_text, teacher_text, alignment in zip(
+            members, student_texts, teacher_texts, alignments, strict=True
         ):
             same_response = teacher_text is None or (
                 student_text.response_ids == teacher_text.response_ids
@@ -339,9 +344,6 @@ def encode_rows(
                     "student and teacher have one vocabulary, but their tokenizers split the "
                     f"response of row {rows[index].id!r} differently"
                 )
-            alignment = None
-            if align is not None and teacher_text is not None:
-                alignment = align(student_text.response_ids, teacher_text.response_ids)
             pairs[index].append(TextPair(is_cot, student_text, teacher_text, alignment))
     examples = [Example(tuple(row_pairs)) for row_pairs in pairs if row_pairs]
     if not examples:

@@ -81,9 +81,6 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         teacher_tokenizer = load(config.teacher)
         same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
         _check_backend(config, arguments.device)
-        if config.kd == "mined":
-            with arguments.main_process_first():
-                align = TokenAligner(student_tokenizer, teacher_tokenizer, config.token_maps)
     else:
         student_tokenizer = load(config.model)
 
@@ -93,10 +90,14 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         teacher=None if teacher_tokenizer is None else _encoder(config, teacher_tokenizer),
         texts=config.texts,
         same_vocabulary=same_tokens,
-        align=align,
     )
-    examples, cuts = encode(rows)
-    eval_examples = None if eval_rows is None else encode(eval_rows)[0]
+    # The others find what MinED needs on disk.
+    with arguments.main_process_first():
+        if isinstance(config, DistillConfig) and config.kd == "mined":
+            assert teacher_tokenizer is not None
+            align = TokenAligner(student_tokenizer, teacher_tokenizer, config.token_maps)
+        examples, cuts = encode(rows, align=align)
+        eval_examples = None if eval_rows is None else encode(eval_rows, align=align)[0]
     if main_process:
         rationales = sum(bool(row.rationale) for row in rows)
         print(f"{len(examples)} rows to train on, {rationales} with a rationale", flush=True)

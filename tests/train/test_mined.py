@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from cot2align.kernels.token_alignment import nearest_tokens
 from cot2align.train import token_states as token_states_module
 from cot2align.train.config import UserError
 from cot2align.train.data import collate, encode_rows, read_rows
@@ -98,26 +101,90 @@ def test_alignment_of_responses(aligner, tokenizers) -> None:
             j if j >= 0 and aligner.student_ids[theirs[j]] == i else -1
             for i, j in zip(ours, partners, strict=True)
         ]
-        assert aligner(ours, theirs) == expected
+        assert aligner.align(ours, theirs) == expected
         aligned += sum(j >= 0 for j in expected)
     assert aligned > 400
 
 
-def test_the_map_is_kept(tokenizers, tmp_path, monkeypatch) -> None:
-    made = TokenAligner(*tokenizers, str(tmp_path)).student_ids
-    (file,) = tmp_path.iterdir()
+def test_maps_and_alignments_are_kept(tokenizers, tmp_path, monkeypatch) -> None:
+    texts = [(f"Add {i} and {i}.", f"sum {i}.") for i in range(5)]
+    ids = [tuple(t(text)["input_ids"] for t in tokenizers) for pair in texts for text in pair]
+    monkeypatch.setattr(mined_module, "TEXTS_PER_FILE", 4)
+    monkeypatch.setattr(mined_module, "TOKENS_PER_FILE", 100)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = TokenAligner(*tokenizers)
+    alignments = made(ids)
+    assert alignments == [made.align(*pair) for pair in ids]
+    files = sorted((tmp_path / "cot2align").iterdir())
+    names = [file.name.split("-")[0] for file in files]
+    pieces = math.ceil(len(made.teacher.ordinary) / 100)
+    assert names == ["alignments"] * 3 + ["token"] * pieces
+    assert pieces > 1
+
+    def again(folder: Path | None) -> None:
+        aligner = TokenAligner(*tokenizers, folder and str(folder))
+        assert torch.equal(aligner.student_ids, made.student_ids)
+        assert aligner(ids) == alignments
+
     with monkeypatch.context() as patch:
-        patch.setattr(mined_module, "vocabulary_map", None)
-        assert torch.equal(TokenAligner(*tokenizers, str(tmp_path)).student_ids, made)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        (tmp_path / "cache" / "cot2align").mkdir(parents=True)
-        file.rename(tmp_path / "cache" / "cot2align" / file.name)
-        assert torch.equal(TokenAligner(*tokenizers).student_ids, made)
+        for name in ("nearest_tokens", "align_tokens"):
+            patch.setattr(mined_module, name, lambda *_: pytest.fail("computed again"))
+        again(None)
+        (tmp_path / "cot2align").rename(tmp_path / "elsewhere")
+        again(tmp_path / "elsewhere")
     TokenAligner(*tokenizers[::-1], str(tmp_path / "other"))
-    (other,) = (tmp_path / "other").iterdir()
-    assert other.name != file.name
-    with pytest.raises(UserError, match=r"token map .*safetensors: Not a directory"):
-        TokenAligner(*tokenizers, str(other / "folder"))
+    others = {file.name for file in (tmp_path / "other").iterdir()}
+    assert not others & {file.name for file in files}
+
+
+@pytest.mark.parametrize("kind", ["token-map", "alignments"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another"])
+def test_a_damaged_file_is_made_anew(kind, damage, tokenizers, tmp_path, capsys) -> None:
+    ids = [tuple(t("Add 3 and 4.")["input_ids"] for t in tokenizers)]
+    made = TokenAligner(*tokenizers, str(tmp_path))
+    expected = made(ids)
+    (file,) = tmp_path.glob(f"{kind}-*")
+    (other,) = set(tmp_path.iterdir()) - {file}
+    whole = file.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    damaged = {"cut": whole[:-4], "flipped": flipped, "empty": b"", "another": other.read_bytes()}
+    file.write_bytes(damaged[damage])
+    for _ in range(2):
+        aligner = TokenAligner(*tokenizers, str(tmp_path))
+        assert torch.equal(aligner.student_ids, made.student_ids)
+        assert aligner(ids) == expected
+    assert file.read_bytes() == whole
+    assert capsys.readouterr().out == f"{file} is damaged and computed again\n"
+
+
+def test_an_interrupted_map_goes_on(tokenizers, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(mined_module, "TOKENS_PER_FILE", 50)
+    made = []
+
+    def interrupted(queries, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(queries)
+        return nearest_tokens(queries, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mined_module, "nearest_tokens", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            TokenAligner(*tokenizers, str(tmp_path))
+        made[:] = ["two pieces are there"]
+        with pytest.raises(KeyboardInterrupt):
+            TokenAligner(*tokenizers, str(tmp_path))
+    assert sorted(file.name.split("-", 3)[3] for file in tmp_path.iterdir()) == [
+        "0-50", "100-150", "50-100"
+    ]  # fmt: skip
+    resumed = TokenAligner(*tokenizers, str(tmp_path)).student_ids
+    assert torch.equal(resumed, vocabulary_map(*map(Vocabulary, tokenizers)))
+
+
+def test_a_folder_that_cannot_be_written(tokenizers, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"'token_maps': .*token-map-.*: File exists"):
+        TokenAligner(*tokenizers, str(tmp_path / "file"))
 
 
 def direct_mined(
@@ -189,7 +256,7 @@ def test_models(two_tokenizers, aligner, workspace) -> None:
     outputs = zip(texts, pair.per_text("student"), pair.per_text("teacher"), strict=True)
     for text, ours, theirs in outputs:
         student_ids, teacher_ids = text.student.response_ids, text.teacher.response_ids
-        partners = aligner(student_ids, teacher_ids)
+        partners = aligner.align(student_ids, teacher_ids)
         assert partners[-1] == len(teacher_ids) - 1  # the end of the text is the end of the text
         expected = expected + direct_mined(
             ours["logits"], student_ids, theirs["logits"], partners, aligner.student_ids.tolist()

@@ -14,7 +14,9 @@ The moved logit of a student token is that of the first teacher id that is mappe
 any, its p is 0. Softmaxes are at the temperature, with no factor for it.
 
 Map and alignments depend on token ids alone: both are computed before training, by compiled code,
-and the map is kept on disk, under the hash of the two vocabularies.
+and kept on disk, under the hash of what they were computed from. They are written in pieces, each
+whole or not at all, so that an interrupted run goes on where it was; every piece carries a
+checksum, and one that does not match is computed again.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -38,6 +40,8 @@ from cot2align.train.losses import KDLoss
 from cot2align.train.losses.divergences import forward_kl
 from cot2align.train.token_states import TokenStates, sum_over_tokens
 
+TEXTS_PER_FILE = 1024
+TOKENS_PER_FILE = 8192
 ROLES = ("eos", "bos", "unk", "pad")
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # The characters that byte-level tokenizers write bytes as.
@@ -89,24 +93,28 @@ class TokenAligner:
         teacher: PreTrainedTokenizerBase,
         folder: str | None = None,
     ):
-        """Read the map from `folder` (none: ~/.cache/cot2align) or make it and write it there.
-        Raises UserError where the folder cannot be written."""
+        """The map and the alignments are kept in `folder` (none: ~/.cache/cot2align). Raises
+        UserError where it cannot be written."""
         self.student, self.teacher = Vocabulary(student), Vocabulary(teacher)
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        path = Path(folder or Path(cache, "cot2align")) / f"token-map-{self._key()}.safetensors"
-        if path.exists():
-            self.student_ids = load_file(path)["student_ids"]
-            return
-        self.student_ids = vocabulary_map(self.student, self.teacher)
-        part = path.with_suffix(f".{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"student_ids": self.student_ids}, part)
-            part.replace(path)
-        except OSError as error:
-            raise UserError(f"token map {path}: {error.strerror or error}") from None
+        self.folder = Path(folder or Path(cache, "cot2align"))
+        self.key = self._key()
+        self.student_ids = vocabulary_map(self.student, self.teacher, self._keep_map)
 
-    def __call__(self, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> list[int]:
+    def __call__(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+        """`align` of every text's response ids, the student's and the teacher's."""
+        found: list[list[int]] = []
+        with tqdm(total=len(texts), unit="text", desc="alignments", delay=2) as progress:
+            for start in range(0, len(texts), TEXTS_PER_FILE):
+                some = texts[start : start + TEXTS_PER_FILE]
+                key = hashlib.sha256(f"{self.key} {some}".encode()).hexdigest()[:32]
+                path = self.folder / f"alignments-{key}"
+                places = kept(path, partial(self._places, some))
+                found += map(Tensor.tolist, places.split([len(ours) for ours, _ in some]))
+                progress.update(len(some))
+        return found
+
+    def align(self, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> list[int]:
         """For each student token of a response the place of the teacher's that it is aligned with,
         or -1."""
         partners = align_tokens(
@@ -119,6 +127,12 @@ class TokenAligner:
             for student_id, partner in zip(student_ids, partners, strict=True)
         ]
 
+    def _places(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+        return [place for ids in texts for place in self.align(*ids)]
+
+    def _keep_map(self, piece: str, make: Callable[[], list[int]]) -> Tensor:
+        return kept(self.folder / f"token-map-{self.key}-{piece}", make)
+
     def _key(self) -> str:
         digest = hashlib.sha256()
         for vocabulary in (self.student, self.teacher):
@@ -129,22 +143,52 @@ class TokenAligner:
         return digest.hexdigest()[:32]
 
 
-def vocabulary_map(student: Vocabulary, teacher: Vocabulary) -> Tensor:
+def vocabulary_map(
+    student: Vocabulary,
+    teacher: Vocabulary,
+    keep: Callable[[str, Callable[[], list[int]]], Tensor] = lambda _, make: torch.tensor(make()),
+) -> Tensor:
     """int64 [V_teacher]: the student's id for each of the teacher's, -1 for special tokens without
-    a counterpart."""
+    a counterpart. keep: (name of a piece, how to compute it) -> the piece."""
     ids = torch.full((len(teacher.tokens),), -1)
     candidates, queries = student.ordinary, teacher.ordinary
+    tokens = [student.tokens[i] for i in candidates]
     with tqdm(total=len(queries), unit="token", desc="token map", delay=2) as progress:
-        found = nearest_tokens(
-            [teacher.tokens[i] for i in queries],
-            [student.tokens[i] for i in candidates],
-            progress.update,
-        )
-    ids[queries] = torch.tensor(candidates)[found]
+        for start in range(0, len(queries), TOKENS_PER_FILE):
+            piece = queries[start : start + TOKENS_PER_FILE]
+            wanted = [teacher.tokens[i] for i in piece]
+            make = partial(nearest_tokens, wanted, tokens, progress.update)
+            found = keep(f"{start}-{start + len(piece)}", make)
+            ids[piece] = torch.tensor(candidates)[found.long()]
+            progress.update(start + len(piece) - progress.n)  # if it was kept
     counterparts = {role: token_id for token_id, role in student.roles.items()}
     for token_id, role in teacher.roles.items():
         ids[token_id] = counterparts.get(role, -1)
     return ids
+
+
+def kept(path: Path, make: Callable[[], list[int]]) -> Tensor:
+    """int32: what `make` gives, from `path` where it is there and whole, else written there."""
+    try:
+        if path.exists():
+            content = path.read_bytes()
+            if content[:32] == _checksum(path, content[32:]):
+                return torch.frombuffer(bytearray(content), dtype=torch.int32, offset=32)
+            print(f"{path} is damaged and computed again", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        places = torch.tensor(make(), dtype=torch.int32)
+        body = places.numpy().tobytes()
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_bytes(_checksum(path, body) + body)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"setting 'token_maps': {path}: {error.strerror or error}") from None
+    return places
+
+
+def _checksum(path: Path, body: bytes) -> bytes:
+    # Of the name, too: a file of another key is not whole.
+    return hashlib.sha256(path.name.encode() + body).digest()
 
 
 class MinED(nn.Module):
