@@ -8,13 +8,20 @@ of their weighted sum). The only gradient that comes from above is one scalar pe
 gradient while the matrix is in the cache, and the backward pass scales it. For "none" the weights
 arrive with the backward pass, which then solves again; no N x M matrix is ever kept.
 
-The projection stays outside, in plain PyTorch, on whichever side makes the fewer operations.
+The projection stays outside, a matrix product on whichever side makes the fewer operations.
+
+The compiled CPU kernels compute in float32. On a GPU, tokens of one 16-bit dtype keep it, for the
+tensor cores; sums, similarities and all of the iterations are float32 there too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +63,7 @@ def fused_ot_loss(
             "detached", the plan as a constant.
         reduction: "mean" over the problems that have tokens on both sides, "sum", or "none" -> [B].
         backend: None (the best for the device), "reference", "native", "triton" or "cuda".
+            "triton" takes CPU tensors under TRITON_INTERPRET=1.
 
     Returns the loss as float32 (float64 for float64 inputs), differentiable once. A problem
     without tokens on a side has loss 0 and gradient 0; NaN or infinity in a problem's tokens give
@@ -69,7 +77,8 @@ def fused_ot_loss(
     _check_masks(student, teacher, student_mask, teacher_mask)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if choose_backend(settings.backend, student, teacher, projection) == "reference":
+    backend = choose_backend(settings.backend, student, teacher, projection)
+    if backend == "reference":
         return reference.fused_ot_loss(
             student,
             teacher,
@@ -91,8 +100,10 @@ def fused_ot_loss(
         weights = None
         if reduction != "none":
             weights = _reduction_weights(segments_x[:, 1], segments_y[:, 1], reduction)
-        entries = batch * student.shape[1] * teacher.shape[1]
-        terms = _solve(x, y, projection, segments_x, segments_y, pairs, weights, entries, settings)
+        longest_x, longest_y = student.shape[1], teacher.shape[1]
+        sizes = _Sizes(longest_x, longest_y, batch * longest_x * _padded(longest_y))
+        packed = (x, y, projection, segments_x, segments_y, pairs, weights)
+        terms = _solve(*packed, sizes, settings, backend)
     return terms.loss if weights is None else terms.total
 
 
@@ -124,8 +135,9 @@ def fused_ot_loss_varlen(
         pairs: int [Q, 2]: problem q aligns student segment pairs[q, 0] with teacher segment
             pairs[q, 1]; None: segment with segment. A token is projected once, however many
             problems it is in.
-        max_seqlen_student, max_seqlen_teacher: bounds of the lengths, known on the host. The
-            reference reads them from the device where cu_seqlens is there and they are not given.
+        max_seqlen_student, max_seqlen_teacher: bounds of the lengths, known on the host. They are
+            read from the device, once, where cu_seqlens is there and they are not given. A problem
+            that is longer than a given bound has loss NaN.
 
     Returns the loss, [Q] for `reduction="none"`. Raises as `fused_ot_loss` does.
     """
@@ -266,6 +278,10 @@ def backend_for(device_type: str) -> tuple[str, str]:
         if missing is None:
             return "native", f"compiled, {native.INSTRUCTION_SETS[0]} on this CPU"
         return "reference", missing
+    if device_type == "cuda" and _has_triton():
+        return "triton", "compiled for the device when first used"
+    if device_type == "cuda":
+        return "reference", "Triton is not installed"
     return "reference", f"there is no kernel for {device_type} tensors in this version"
 
 
@@ -283,12 +299,23 @@ def choose_backend(wanted: str | None, *tensors: Tensor | None) -> str:
         if default == "reference":
             _warn_of_reference(device_type, why)
         return default
+    if wanted == "triton" and device_type == "cpu" and _has_triton():
+        from cot2align.kernels import triton_sinkhorn
+
+        if triton_sinkhorn.INTERPRETED:
+            return wanted
+        why = "it takes CUDA tensors, and others under TRITON_INTERPRET=1, set before the import"
     if wanted != default:
         reason = "it takes CPU tensors" if wanted == "native" and device_type != "cpu" else why
         raise ValueError(
             f"backend {wanted!r} cannot serve {device_type} tensors ({reason}); {default!r} can"
         )
     return wanted
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 _warned: set[str] = set()
@@ -457,7 +484,9 @@ def _varlen(
     longest_x = _check_cu_seqlens("cu_seqlens_student", cu_seqlens[0], student, bounds[0])
     longest_y = _check_cu_seqlens("cu_seqlens_teacher", cu_seqlens[1], teacher, bounds[1])
     device = student.device
-    pairs = _check_pairs(pairs, len(cu_seqlens[0]) - 1, len(cu_seqlens[1]) - 1, device)
+    chosen = _check_pairs(pairs, len(cu_seqlens[0]) - 1, len(cu_seqlens[1]) - 1, device)
+    entries = _count_entries(*cu_seqlens, pairs)
+    pairs = chosen
     segments_x, segments_y = (
         torch.stack((cu[:-1], cu.diff()), dim=1).to(device=device, dtype=torch.int64)
         for cu in cu_seqlens
@@ -471,17 +500,24 @@ def _varlen(
         lengths = segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
         weights = _reduction_weights(*lengths, weighting)
     with torch.autocast(device.type, enabled=False):
-        if choose_backend(settings.backend, student, teacher, projection) == "reference":
+        backend = choose_backend(settings.backend, student, teacher, projection)
+        if backend == "reference":
             x, mask_x = _pad(student, segments_x[pairs[:, 0]], longest_x)
             y, mask_y = _pad(teacher, segments_y[pairs[:, 1]], longest_y)
             solved = reference.solve(x, y, projection, mask_x, mask_y, settings)
             total = solved.loss.sum() if weights is None else solved.loss @ weights.to(solved.loss)
             return OTTerms(total, *solved[2:])
-        per_segment = len(student) * len(teacher) / max(1, len(segments_x) * len(segments_y))
-        entries = int(len(pairs) * per_segment)
-        return _solve(
-            student, teacher, projection, segments_x, segments_y, pairs, weights, entries, settings
-        )
+        if backend == "native":  # which takes the lengths from the segments
+            longest_x, longest_y = longest_x or 0, longest_y or 0
+        else:
+            longest_x, longest_y = (
+                int(segments[:, 1].amax()) if longest is None else longest
+                for segments, longest in ((segments_x, longest_x), (segments_y, longest_y))
+            )
+        if entries is None:
+            entries = len(pairs) * longest_x * _padded(longest_y)
+        packed = (student, teacher, projection, segments_x, segments_y, pairs, weights)
+        return _solve(*packed, _Sizes(longest_x, longest_y, entries), settings, backend)
 
 
 def _pad(tokens: Tensor, segments: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
@@ -501,6 +537,29 @@ def _pad(tokens: Tensor, segments: Tensor, length: int | None) -> tuple[Tensor, 
 # ---- the packed problem
 
 
+class _Sizes(NamedTuple):
+    """What the host knows of the problems."""
+
+    longest_x: int
+    longest_y: int
+    entries: int  # of all similarity matrices, their rows padded, at most
+
+
+def _padded(columns: Any) -> Any:
+    return (columns + 3) // 4 * 4
+
+
+def _count_entries(cu_x: Tensor, cu_y: Tensor, pairs: Tensor | None) -> int | None:
+    """`_Sizes.entries`; None where a value would have to be read from the device."""
+    tensors = (cu_x, cu_y) if pairs is None else (cu_x, cu_y, pairs)
+    if torch.compiler.is_compiling() or not all(t.is_cpu for t in tensors):
+        return None
+    rows, cols = cu_x.diff().long(), _padded(cu_y.diff().long())
+    if pairs is not None:
+        rows, cols = rows[pairs[:, 0].long()], cols[pairs[:, 1].long()]
+    return int(rows @ cols)
+
+
 def _solve(
     student: Tensor,  # [tokens, d]
     teacher: Tensor,  # [tokens, D]
@@ -509,35 +568,29 @@ def _solve(
     segments_y: Tensor,
     pairs: Tensor,  # [Q, 2]
     weights: Tensor | None,  # [Q]; None: differentiate each problem's loss
-    entries: int,  # of all similarity matrices, about
+    sizes: _Sizes,
     settings: OTSettings,
+    backend: str,
 ) -> OTTerms:
-    x, z = student.float(), teacher.float()
+    keep = backend != "native" and student.dtype == teacher.dtype
+    dtype = student.dtype if keep else torch.float32
+    x, z = student.to(dtype), teacher.to(dtype)
     if projection is not None:
         wide, narrow = teacher.shape[1], student.shape[1]
         one_side = wide * narrow
         backward = 2 if teacher.requires_grad else 1
-        by_teacher = (1 + backward) * len(teacher) * one_side + 3 * entries * narrow
-        by_student = 3 * len(student) * one_side + (1 + backward) * entries * wide
+        by_teacher = (1 + backward) * len(teacher) * one_side + 3 * sizes.entries * narrow
+        by_student = 3 * len(student) * one_side + (1 + backward) * sizes.entries * wide
         if by_teacher <= by_student:
-            z = z @ projection.float()
+            z = _Project.apply(z, projection)
         else:
-            x = x @ projection.float().T
+            x = _Project.apply(x, projection.T)
     enabled = torch.is_grad_enabled()
     arguments = (
-        x.contiguous(),
-        z.contiguous(),
-        segments_x,
-        segments_y,
-        pairs,
-        weights,
-        1 / math.sqrt(student.shape[1]),
-        settings.epsilon,
-        settings.num_iters,
-        settings.tol,
-        settings.grad,
-        enabled and x.requires_grad,
-        enabled and z.requires_grad,
+        *(x.contiguous(), z.contiguous(), segments_x, segments_y, pairs, weights),
+        *(1 / math.sqrt(student.shape[1]), settings.epsilon, settings.num_iters, settings.tol),
+        *(backend, *sizes),
+        *(settings.grad, enabled and x.requires_grad, enabled and z.requires_grad),
     )
     if weights is None:
         loss, num_iters, marginal_error = _Losses.apply(*arguments)
@@ -549,32 +602,15 @@ class _WeightedLoss(torch.autograd.Function):
     """-> weights @ loss; and loss, num_iters, marginal_error [Q] without a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor,
-        segments_x: Tensor,
-        segments_z: Tensor,
-        pairs: Tensor,
-        weights: Tensor,
-        scale: float,
-        epsilon: float,
-        num_iters: int,
-        tol: float,
-        grad: str,
-        need_x: bool,
-        need_z: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        problem = (x, z, segments_x, segments_z, pairs)
-        how = (scale, epsilon, num_iters, tol)
-        if need_x or need_z:
-            loss, iterations, marginal_error, dx, dz = _ot_loss_gradient(
-                *problem, weights, *how, grad, need_x, need_z
-            )
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *problem, weights = arguments[:6]  # then the operators' other arguments
+        *how, _, ctx.need_x, ctx.need_z = arguments[6:]
+        if ctx.need_x or ctx.need_z:
+            loss, iterations, marginal_error, dx, dz = _ot_loss_gradient(*arguments)
             ctx.save_for_backward(dx, dz)
         else:
             loss, iterations, marginal_error = _ot_loss(*problem, *how)
-        ctx.need_x, ctx.need_z = need_x, need_z
+        ctx.others = len(arguments) - 2
         ctx.mark_non_differentiable(loss, iterations, marginal_error)
         return weights @ loss, loss, iterations, marginal_error
 
@@ -582,36 +618,19 @@ class _WeightedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dx, dz = ctx.saved_tensors
-        return (upstream * dx if ctx.need_x else None, upstream * dz if ctx.need_z else None) + (
-            None,
-        ) * 11
+        dx, dz = upstream * dx if ctx.need_x else None, upstream * dz if ctx.need_z else None
+        return dx, dz, *(None,) * ctx.others
 
 
 class _Losses(torch.autograd.Function):
     """-> loss [Q]; and num_iters, marginal_error [Q] without a gradient. Backward solves again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor,
-        segments_x: Tensor,
-        segments_z: Tensor,
-        pairs: Tensor,
-        weights: None,
-        scale: float,
-        epsilon: float,
-        num_iters: int,
-        tol: float,
-        grad: str,
-        need_x: bool,
-        need_z: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x, z, segments_x, segments_z, pairs)
-        ctx.settings = (scale, epsilon, num_iters, tol, grad, need_x, need_z)
-        loss, iterations, marginal_error = _ot_loss(
-            x, z, segments_x, segments_z, pairs, scale, epsilon, num_iters, tol
-        )
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *problem, _ = arguments[:6]
+        ctx.save_for_backward(*problem)
+        ctx.settings = arguments[6:]
+        loss, iterations, marginal_error = _ot_loss(*problem, *ctx.settings[:-3])
         ctx.mark_non_differentiable(iterations, marginal_error)
         return loss, iterations, marginal_error
 
@@ -621,10 +640,21 @@ class _Losses(torch.autograd.Function):
         need_x, need_z = ctx.settings[-2:]
         weights = upstream.contiguous()
         *_, dx, dz = _ot_loss_gradient(*ctx.saved_tensors, weights, *ctx.settings)
-        return (dx if need_x else None, dz if need_z else None) + (None,) * 11
+        others = (None,) * (4 + len(ctx.settings))
+        return dx if need_x else None, dz if need_z else None, *others
 
 
-@torch.library.custom_op("cot2align::ot_loss", mutates_args=(), device_types="cpu")
+def _run(
+    backend: str, bounds: tuple[int, int], entries: int, *problem: Tensor, **how: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if backend == "native":
+        return native.ot_loss(*problem, **how)
+    from cot2align.kernels import triton_sinkhorn
+
+    return triton_sinkhorn.ot_loss(*problem, bounds=bounds, entries=entries, **how)
+
+
+@torch.library.custom_op("cot2align::ot_loss", mutates_args=())
 def _ot_loss(
     x: Tensor,
     z: Tensor,
@@ -635,14 +665,14 @@ def _ot_loss(
     epsilon: float,
     num_iters: int,
     tol: float,
+    backend: str,
+    longest_x: int,
+    longest_z: int,
+    entries: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return native.ot_loss(
-        x,
-        z,
-        segments_x,
-        segments_z,
-        pairs,
-        x.new_ones(len(pairs)),
+    return _run(
+        *(backend, (longest_x, longest_z), entries),
+        *(x, z, segments_x, segments_z, pairs, torch.ones(len(pairs), device=x.device)),
         scale=scale,
         epsilon=epsilon,
         num_iters=num_iters,
@@ -653,11 +683,11 @@ def _ot_loss(
 
 @_ot_loss.register_fake
 def _(x: Tensor, z: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    per_problem = x.new_empty(pairs.shape[0])
+    per_problem = x.new_empty(pairs.shape[0], dtype=torch.float32)
     return per_problem, per_problem.to(torch.int32), torch.empty_like(per_problem)
 
 
-@torch.library.custom_op("cot2align::ot_loss_gradient", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("cot2align::ot_loss_gradient", mutates_args=())
 def _ot_loss_gradient(
     x: Tensor,
     z: Tensor,
@@ -669,17 +699,17 @@ def _ot_loss_gradient(
     epsilon: float,
     num_iters: int,
     tol: float,
+    backend: str,
+    longest_x: int,
+    longest_z: int,
+    entries: int,
     grad: str,
     need_x: bool,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return native.ot_loss(
-        x,
-        z,
-        segments_x,
-        segments_z,
-        pairs,
-        weights,
+    return _run(
+        *(backend, (longest_x, longest_z), entries),
+        *(x, z, segments_x, segments_z, pairs, weights),
         scale=scale,
         epsilon=epsilon,
         num_iters=num_iters,
@@ -694,8 +724,61 @@ def _ot_loss_gradient(
 def _(
     x: Tensor, z: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, weights: Tensor, *how: Any
 ) -> tuple[Tensor, ...]:
-    per_problem = x.new_empty(pairs.shape[0])
+    per_problem = x.new_empty(pairs.shape[0], dtype=torch.float32)
     dx = torch.empty_like(x) if how[-2] else x.new_empty(0)
     dz = torch.empty_like(z) if how[-1] else z.new_empty(0)
     integers = per_problem.to(torch.int32)
     return per_problem, integers, torch.empty_like(per_problem), dx, dz
+
+
+# ---- the projection
+
+
+class _Project(torch.autograd.Function):
+    """tokens [T, a], matrix [a, b] -> [T, b], of the tokens' dtype; the matrix may have another,
+    in which it gets its gradient, summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, matrix)
+        return _matmul(tokens, matrix.to(tokens.dtype), tokens.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        tokens, matrix = ctx.saved_tensors
+        d_tokens = d_matrix = None
+        if ctx.needs_input_grad[0]:
+            d_tokens = _matmul(upstream, matrix.T.to(tokens.dtype), tokens.dtype)
+        if ctx.needs_input_grad[1]:
+            d_matrix = _matmul(tokens.T, upstream, torch.float32).to(matrix.dtype)
+        return d_tokens, d_matrix
+
+
+@torch.library.custom_op("cot2align::matmul", mutates_args=())
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in float32: no TF32, and no 16-bit partial sums, whatever the switches say."""
+    if a.is_cuda and a.dtype != torch.float32 and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
+    with _full_precision():
+        return (a.float() @ b.float()).to(dtype)
+
+
+@_matmul.register_fake
+def _(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    switch: Any = torch.backends.cuda.matmul
+    name: str = "allow_tf32"
+    value: Any = False
+    if hasattr(switch, "fp32_precision"):  # PyTorch 2.9, which refuses a mixture of the two
+        name, value = "fp32_precision", "ieee"
+    before = getattr(switch, name)
+    setattr(switch, name, value)
+    try:
+        yield
+    finally:
+        setattr(switch, name, before)

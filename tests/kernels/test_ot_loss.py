@@ -1,6 +1,11 @@
-"""The front door and its native backend, against the few-line float64 implementation."""
+"""The front door and its backends, against the few-line float64 implementation.
 
+Triton's kernels run on a GPU, or interpreted in a process of their own (see `make test`).
+"""
+
+import importlib.util
 import math
+import os
 import re
 import subprocess
 import sys
@@ -19,12 +24,26 @@ from tests.kernels import direct
 # that), depending on the shape.
 TOLERANCE = 3e-5
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
+TRITON = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(),
+        reason="needs TRITON_INTERPRET=1 or a GPU",
+    ),
+)
+GRADS = ("unrolled", "implicit", "detached")
+
+
+def device_of(backend):
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
 
 def loss_of(epsilon, num_iters, tol=0.0, function=fused_ot_loss, **kwargs):
-    def loss(x, y, *p):
-        return function(
-            x[None], y[None], *p, epsilon=epsilon, num_iters=num_iters, tol=tol, **kwargs
-        )
+    def loss(*tensors):
+        x, y, *p = (t.to(device_of(kwargs.get("backend"))) for t in tensors)
+        settings = {"epsilon": epsilon, "num_iters": num_iters, "tol": tol}
+        return function(x[None], y[None], *p, **settings, **kwargs).cpu()
 
     return loss
 
@@ -48,20 +67,25 @@ def test_gradient_of_the_native_backend(n, m, num_iters, epsilon):
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 3e-3, 1e-2, 1.0, 100.0, 1e3])
-@pytest.mark.parametrize("grad", ["unrolled", "implicit", "detached"])
-def test_no_less_accurate_than_float32_pytorch(epsilon, grad):
-    for n, m, spread in [(12, 8, 1.0), (40, 60, 3.0), (70, 30, 2.0), (20, 200, 2.0), (5, 150, 2.0)]:
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("backend", ["native", TRITON])
+def test_no_less_accurate_than_float32_pytorch(backend, epsilon, grad):
+    shapes = [(12, 8, 1.0), (40, 60, 3.0), (70, 30, 2.0), (20, 200, 2.0), (5, 150, 2.0)]
+    num_iters = 30
+    if backend == "triton":  # the interpreter is slow; other shapes are in test_triton.py
+        shapes, num_iters = shapes[:2], 10
+    for n, m, spread in shapes:
         tensors = direct.problem(n, m, spread=spread)
         _, expected = direct.gradients(
-            loss_of(epsilon, 30, grad=grad, function=reference.fused_ot_loss), tensors
+            loss_of(epsilon, num_iters, grad=grad, function=reference.fused_ot_loss), tensors
         )
         worst = {}
-        for backend in ("native", "reference"):
-            loss = loss_of(epsilon, 30, grad=grad, backend=backend)
+        for which in (backend, "reference"):
+            loss = loss_of(epsilon, num_iters, grad=grad, backend=which)
             _, grads = direct.gradients(loss, tensors, torch.float32)
             errors = (direct.relative(g, e) for g, e in zip(grads, expected, strict=True))
-            worst[backend] = max(errors)
-        assert worst["native"] < 4 * worst["reference"] + 1e-5, (n, m)
+            worst[which] = max(errors)
+        assert worst[backend] < 4 * worst["reference"] + 1e-5, (n, m)
 
 
 @pytest.mark.parametrize("isa", native.INSTRUCTION_SETS)
@@ -94,14 +118,15 @@ def test_every_instruction_set(isa, epsilon, gradient):
 
 
 @pytest.mark.parametrize("spread", [20.0, 40.0, 60.0])
-def test_saturated_softmax(spread):
+@pytest.mark.parametrize("backend", [None, TRITON])
+def test_saturated_softmax(backend, spread):
     # Aligned models: each student token all but certain of one teacher token.
     x = torch.eye(12, dtype=torch.float64) + 0.05 * torch.randn(
         12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     tensors = (math.sqrt(spread) * 12**0.25 * x, math.sqrt(spread) * 12**0.25 * x)
-    loss = loss_of(0.1, 50)
-    expected = direct.gradients(loss, tensors)
+    expected = direct.gradients(loss_of(0.1, 50), tensors)
+    loss = loss_of(0.1, 50, backend=backend)
     value, grads = direct.gradients(loss, tensors, torch.float32)
     assert 0 < expected[0] < 1e-3
     assert value.item() == pytest.approx(expected[0].item(), rel=2e-5)
@@ -135,10 +160,10 @@ lengths = st.lists(st.integers(0, 12), min_size=1, max_size=5)
     lengths,
     st.sampled_from([0.01, 0.1, 5.0]),
     st.sampled_from(["mean", "sum"]),
-    st.sampled_from(["native", "reference"]),
     st.randoms(use_true_random=False),
 )
-def test_packed_pairs_are_a_loop_over_problems(rows, cols, epsilon, reduction, backend, random):
+@pytest.mark.parametrize("backend", ["native", "reference", TRITON])
+def test_packed_pairs_are_a_loop_over_problems(backend, rows, cols, epsilon, reduction, random):
     x, y, p = direct.problem(max(1, sum(rows)), max(1, sum(cols)))
     x, y = x[: sum(rows)], y[: sum(cols)]
     count = random.randrange(7)
@@ -153,11 +178,9 @@ def test_packed_pairs_are_a_loop_over_problems(rows, cols, epsilon, reduction, b
                 total, valid = total + direct.ot_loss(*problem, epsilon, 4), valid + 1
         return total / max(valid, 1) if reduction == "mean" else total
 
-    def packed(x, y, p):
+    def packed(*tensors):
         return fused_ot_loss_varlen(
-            x,
-            y,
-            p,
+            *(t.to(device_of(backend)) for t in tensors),
             cu_seqlens_student=cu_x.int(),
             cu_seqlens_teacher=cu_y,
             pairs=torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2),
@@ -166,7 +189,7 @@ def test_packed_pairs_are_a_loop_over_problems(rows, cols, epsilon, reduction, b
             tol=0.0,
             reduction=reduction,
             backend=backend,
-        )
+        ).cpu()
 
     expected, expected_grads = direct.gradients(loop, (x, y, p))
     value, grads = direct.gradients(packed, (x, y, p), torch.float32)
@@ -227,7 +250,8 @@ def test_weights_and_diagnostics():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_masked_is_cropped_for_every_reduction(reduction):
+@pytest.mark.parametrize("backend", [None, TRITON])
+def test_masked_is_cropped_for_every_reduction(backend, reduction):
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(4, 9, 8, generator=generator), torch.randn(4, 7, 6, generator=generator)
     p = torch.randn(6, 8, generator=generator)
@@ -238,8 +262,10 @@ def test_masked_is_cropped_for_every_reduction(reduction):
     y[~cols] = math.inf
     leaves = [t.requires_grad_() for t in (x, y, p)]
     upstream = torch.tensor([1.0, -2.0, 5.0, 0.5]) if reduction == "none" else torch.tensor(3.0)
-    masks = {"student_mask": rows, "teacher_mask": cols}
-    got = fused_ot_loss(*leaves, **masks, num_iters=10, tol=0.0, reduction=reduction)
+    to = device_of(backend)
+    masks = {"student_mask": rows.to(to), "teacher_mask": cols.to(to)}
+    settings = {"num_iters": 10, "tol": 0.0, "reduction": reduction, "backend": backend}
+    got = fused_ot_loss(*(t.to(to) for t in leaves), **masks, **settings).cpu()
     grads = torch.autograd.grad(got, leaves, upstream)
 
     each = [
@@ -256,11 +282,12 @@ def test_masked_is_cropped_for_every_reduction(reduction):
         assert direct.relative(have, want) < TOLERANCE
 
 
-@pytest.mark.parametrize("grad", ["unrolled", "implicit", "detached"])
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("backend", ["native", "reference", TRITON])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_nan_stays_in_its_problem(broken, backend, grad):
-    x, y = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
+    to = device_of(backend)
+    x, y = torch.randn(3, 5, 4, device=to), torch.randn(3, 6, 4, device=to)
     x[1, 2, 3] = broken
     x.requires_grad_()
     y.requires_grad_()
@@ -272,26 +299,27 @@ def test_nan_stays_in_its_problem(broken, backend, grad):
         assert tensor.grad[1].isnan().any()
 
 
-def test_no_valid_problem_is_a_connected_zero():
-    for backend in ("native", "reference"):
-        x, y = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
-        mask = torch.zeros(2, 5, dtype=torch.bool)
-        loss = fused_ot_loss(x, y, teacher_mask=mask, backend=backend)
-        loss.backward()
-        assert loss == 0
-        assert not x.grad.any()
-        assert not y.grad.any()
+@pytest.mark.parametrize("backend", ["native", "reference", TRITON])
+def test_no_valid_problem_is_a_connected_zero(backend):
+    to = device_of(backend)
+    x, y = (torch.randn(2, n, 4, device=to, requires_grad=True) for n in (3, 5))
+    mask = torch.zeros(2, 5, dtype=torch.bool, device=to)
+    loss = fused_ot_loss(x, y, teacher_mask=mask, backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert not x.grad.any()
+    assert not y.grad.any()
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "reference", TRITON])
 def test_empty_batch_and_empty_texts(backend):
-    p = torch.randn(6, 4, requires_grad=True)
+    p = torch.randn(6, 4, device=device_of(backend), requires_grad=True)
     for shape_x, shape_y in [
         ((0, 3, 4), (0, 5, 6)),
         ((2, 0, 4), (2, 5, 6)),
         ((2, 3, 4), (2, 0, 6)),
     ]:
-        x, y = torch.randn(shape_x), torch.randn(shape_y)
+        x, y = (torch.randn(shape, device=p.device) for shape in (shape_x, shape_y))
         loss = fused_ot_loss(x, y, p, backend=backend)
         assert sinkhorn_plan(x, y, p).plan.shape == (*shape_x[:2], shape_y[1])
         loss.backward()
@@ -299,25 +327,29 @@ def test_empty_batch_and_empty_texts(backend):
     assert not p.grad.any()
 
 
-def test_the_same_input_gives_the_same_bits():
+@pytest.mark.parametrize(
+    ("backend", "n", "m"),
+    [("native", 200, 210), pytest.param("triton", 30, 70, marks=TRITON.marks)],
+)
+def test_the_same_input_gives_the_same_bits(backend, n, m):
     torch.manual_seed(0)
-    x, y, p = torch.randn(6, 200, 16), torch.randn(6, 210, 24), torch.randn(24, 16) / 5
-    first, again = (
-        direct.gradients(
-            lambda x, y, p: fused_ot_loss(x, y, p, num_iters=20), (x, y, p), torch.float32
-        )
-        for _ in range(2)
-    )
+    x, y, p = torch.randn(6, n, 16), torch.randn(6, m, 24), torch.randn(24, 16) / 5
+
+    def loss(*tensors):
+        tensors = (t.to(device_of(backend)) for t in tensors)
+        return fused_ot_loss(*tensors, num_iters=20, backend=backend).cpu()
+
+    first, again = (direct.gradients(loss, (x, y, p), torch.float32) for _ in range(2))
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
 
-def test_nothing_is_left_unwritten():
+@pytest.mark.parametrize("backend", ["native", TRITON])
+def test_nothing_is_left_unwritten(backend):
     # Deterministic mode fills new memory with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        x = torch.randn(20, 8, requires_grad=True)
-        y = torch.randn(30, 8, requires_grad=True)
+        x, y = (torch.randn(n, 8, device=device_of(backend), requires_grad=True) for n in (20, 30))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = fused_ot_loss_varlen(
@@ -326,6 +358,7 @@ def test_nothing_is_left_unwritten():
                 cu_seqlens_student=torch.tensor([0, 5, 5, 20]),
                 cu_seqlens_teacher=torch.tensor([0, 0, 17, 30]),
                 pairs=torch.tensor([[0, 2], [1, 1], [2, 0]]),
+                backend=backend,
             )
             loss.backward()
     finally:
@@ -354,12 +387,14 @@ def test_mixed_dtypes_and_autocast(backend):
         assert direct.relative(leaf.grad.double(), want) < rounding
 
 
-def test_a_projection_on_either_side_is_the_same():
+@pytest.mark.parametrize("backend", [None, TRITON])
+def test_a_projection_on_either_side_is_the_same(backend):
     # Few student tokens: X P^T is cheaper than Y P.
     for n, m in [(3, 90), (90, 3)]:
         tensors = direct.problem(n, m, 16, 40)
         expected = direct.gradients(lambda x, y, p: direct.ot_loss(x, y, p, 0.1, 10), tensors)
-        check(direct.gradients(loss_of(0.1, 10), tensors, torch.float32), expected)
+        loss = loss_of(0.1, 10, backend=backend)
+        check(direct.gradients(loss, tensors, torch.float32), expected)
 
 
 def test_frozen_sides_get_no_gradient():
@@ -410,25 +445,30 @@ def test_module_owns_the_projection():
         OTLoss(8, 12, epsilon=0.0)
 
 
-def test_operators_pass_opcheck():
-    x, y, _ = (t.float() for t in direct.problem(9, 12, 8, 8))
+@pytest.mark.parametrize("backend", ["native", TRITON])
+def test_operators_pass_opcheck(backend):
+    x, y, p = (t.float().to(device_of(backend)) for t in direct.problem(9, 12, 8, 8))
     segments = torch.tensor([[0, 4], [4, 5]]), torch.tensor([[0, 12], [3, 0]])
-    problem = (x, y, *segments, torch.tensor([[0, 0], [1, 0], [1, 1]]))
-    how = (0.3, 0.1, 5, 0.0)
+    pairs = torch.tensor([[0, 0], [1, 0], [1, 1]])
+    problem = (x, y, *(t.to(x.device) for t in (*segments, pairs)))
+    how = (0.3, 0.1, 5, 0.0, backend, 5, 12, 108)
+    torch.library.opcheck(ot_loss._matmul, (y.half(), p.half(), torch.float32))
     torch.library.opcheck(ot_loss._ot_loss, (*problem, *how))
     for needs in [(True, True), (False, True), (True, False)]:
-        weights = torch.tensor([1.0, 2.0, 0.0])
+        weights = torch.tensor([1.0, 2.0, 0.0], device=x.device)
         arguments = (*problem, weights, *how, "unrolled", *needs)
         torch.library.opcheck(ot_loss._ot_loss_gradient, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_graph_breaks(reduction):
-    x, y, p = (t.float() for t in direct.problem(9, 12))
-    mask = torch.rand(1, 12) < 0.7
+@pytest.mark.parametrize("backend", [None, TRITON])
+def test_compiles_without_graph_breaks(backend, reduction):
+    x, y, p = (t.float().to(device_of(backend)) for t in direct.problem(9, 12))
+    mask = torch.rand(1, 12, device=x.device) < 0.7
 
     def loss(x, y, p):
-        return fused_ot_loss(x[None], y[None], p, teacher_mask=mask, reduction=reduction).sum()
+        settings = {"teacher_mask": mask, "reduction": reduction, "backend": backend}
+        return fused_ot_loss(x[None], y[None], p, **settings).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected = direct.gradients(loss, (x, y, p), torch.float32)
@@ -476,7 +516,8 @@ def test_bad_settings_and_tensors_are_named():
     refused(ValueError, "grad must be one of", x, y, p, grad="exact")
     refused(ValueError, "reduction must be one of", x, y, p, reduction="avg")
     refused(ValueError, "backend must be one of", x, y, p, backend="gpu")
-    refused(ValueError, "backend 'triton' cannot serve cpu", x, y, p, backend="triton")
+    if not INTERPRETED:
+        refused(ValueError, "backend 'triton' cannot serve cpu", x, y, p, backend="triton")
     refused(TypeError, "got float64", x.double(), y, p, backend="native")
     refused(TypeError, "student must be a tensor, got list", [1.0], y, p)
     refused(TypeError, "teacher must be float32", x, y.int(), p)
