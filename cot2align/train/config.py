@@ -15,7 +15,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,6 +140,11 @@ class DistillConfig(TrainConfig):
     token_maps: str | None = setting(
         None, "folder that keeps mined's maps and alignments; none: ~/.cache/cot2align"
     )
+    t2s_init: str = setting(
+        "random",
+        "dskd's t2s at first: random, or by least squares from the heads, on shared tokens",
+        choices=("random", "pseudo-inverse"),
+    )
     ot: bool = setting(True, "L_CCoT, the OT alignment")
     cst: bool = setting(True, "its same-format pairs, eq. 7")
     crc: bool = setting(True, "its crossed pairs, eq. 8")
@@ -171,6 +176,42 @@ class DistillConfig(TrainConfig):
         "OT implementation; none: the fastest the device has",
         choices=("reference", "native", "triton", "cuda"),
     )
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        layers = [{"0": "embed", "-1": "last"}.get(name, name) for name in self.layers]
+        for contradicted, reason in (
+            (
+                self.kd == "none" and not self.ot,
+                "'kd' is none and 'ot' is off: nothing to distil; the command sft fine-tunes",
+            ),
+            (
+                self.kd == "uld" and self.divergence != "forward_kl",
+                f"kd uld has no divergence, but 'divergence' is {self.divergence}",
+            ),
+            (
+                self.kd == "mined" and self.divergence != "forward_kl",
+                f"kd mined has forward_kl, but 'divergence' is {self.divergence}",
+            ),
+            (
+                self.ot and not (self.cst or self.crc),
+                "'cst' and 'crc' are both off; 'ot: off' turns the alignment off",
+            ),
+            (
+                self.ot and not self.cst and self.texts != "both",
+                f"'cst' is off and 'texts' is {self.texts}: no row has a crossed pair",
+            ),
+            (
+                self.ot and not layers,
+                "setting 'layers' is empty; 'ot: off' turns the alignment off",
+            ),
+            (
+                self.ot and len(set(layers)) < len(layers),
+                f"setting 'layers' has a layer twice: {', '.join(self.layers)}",
+            ),
+        ):
+            if contradicted:
+                raise UserError(reason)
 
 
 @dataclass(kw_only=True)
@@ -212,6 +253,45 @@ class EvaluateConfig(GenerationConfig):
         default_factory=list,
         metadata=about("sampling seeds, one run each (temperature 1); empty: one greedy run"),
     )
+
+
+# What has no effect, and when.
+_UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
+    ("kd is none", lambda config: config.kd == "none", ("divergence", "temperature")),
+    ("kd is not mined", lambda config: config.kd != "mined", ("token_maps",)),
+    ("kd is not dskd", lambda config: config.kd != "dskd", ("t2s_init",)),
+    (
+        "ot is off",
+        lambda config: not config.ot,
+        (
+            *("cst", "crc", "ot_weight", "layers", "tokens", "ot_norm", "projection"),
+            *("ot_epsilon", "ot_iters", "ot_tol", "ot_grad", "ot_backend"),
+        ),
+    ),
+    (
+        "nothing is projected",
+        lambda config: not config.ot and config.kd != "dskd",
+        ("projection_learning_rate",),
+    ),
+)
+
+
+def without_effect(config: SFTConfig | DistillConfig) -> list[str]:
+    """A line for each reason why settings that are not at their defaults have no effect."""
+    lines = []
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    changed = {
+        name
+        for name, f in fields.items()
+        if getattr(config, name)
+        != (f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
+    }
+    for reason, holds, names in _UNUSED:
+        found = [name for name in names if name in changed]
+        if found and holds(config):
+            lines.append(f"{reason}: no effect of {', '.join(found)}")
+    return lines
 
 
 Config = TypeVar("Config")

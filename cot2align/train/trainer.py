@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -42,14 +43,21 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
 from cot2align.kernels.ot_loss import OTSettings, choose_backend
-from cot2align.train.config import DistillConfig, SFTConfig, TrainConfig, UserError, to_yaml
+from cot2align.train.config import (
+    DistillConfig,
+    SFTConfig,
+    TrainConfig,
+    UserError,
+    to_yaml,
+    without_effect,
+)
 from cot2align.train.data import Example, TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.distiller import Distiller
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
-from cot2align.train.losses.mined import MinED, TokenAligner
+from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.losses.uld import uld
 from cot2align.train.models import Tokenizer, load_model, load_tokenizer, width
 from cot2align.train.token_states import TokenStates, check_layers
@@ -67,6 +75,9 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     """
     main_process = int(os.environ.get("RANK", "0")) == 0
     checkpoint = _open_output(config, main_process)
+    if main_process:
+        for line in without_effect(config):
+            print(line)
     rows = read_rows(config.train)
     eval_rows = read_rows(config.eval) if config.eval else None
     transformers_logging.set_verbosity_error()
@@ -151,10 +162,6 @@ def build_distiller(
     teacher = load(config.teacher, teacher_tokenizer, dtype=config.teacher_dtype)
     cross_cot = None
     if config.ot:
-        if not config.layers:
-            raise UserError("setting 'layers' is empty; 'ot: off' turns the alignment off")
-        if not (config.cst or config.crc):
-            raise UserError("'cst' and 'crc' are both off; 'ot: off' turns the alignment off")
         for model in (student, teacher):
             check_layers(model, config.layers)
         # After the seed and before anything else random, so that a run is its config.
@@ -169,6 +176,12 @@ def build_distiller(
         )
     same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
     kd = kd_loss(config, student, teacher, same_tokens=same_tokens, aligner=aligner)
+    if isinstance(kd, DSKD) and config.t2s_init == "pseudo-inverse":
+        ours, theirs = shared_tokens(Vocabulary(student_tokenizer), Vocabulary(teacher_tokenizer))
+        kd.start_from_heads(
+            student.get_output_embeddings().weight[ours],
+            teacher.get_output_embeddings().weight[theirs],
+        )
     distiller = Distiller(
         student,
         teacher,
@@ -182,10 +195,7 @@ def build_distiller(
 
 def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
     """Whether L_KD compares two models at the same tokens. Raises UserError where it would have to
-    but cannot, and for a divergence that it does not have."""
-    if config.kd in ("uld", "mined") and config.divergence != "forward_kl":
-        fixed = {"uld": "no divergence", "mined": "forward_kl"}[config.kd]
-        raise UserError(f"kd {config.kd} has {fixed}, but 'divergence' is {config.divergence}")
+    but cannot."""
     if config.kd == "kl":
         same_vocabulary(student, teacher)
         return True
@@ -303,6 +313,7 @@ class DistillTrainer(Trainer):
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         self._steps = 0
+        self._grad_norms: dict[str, Tensor] = {}
         super().__init__(
             model=model,
             args=args,
@@ -374,6 +385,7 @@ class DistillTrainer(Trainer):
         """Log; an entry of training gets the parts, meaned over its steps, and the metrics."""
         if "loss" in logs:
             logs |= self._drain()
+            logs |= {name: norm.item() for name, norm in self._grad_norms.items()}
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -444,6 +456,26 @@ class DistillTrainer(Trainer):
             with torch.no_grad():
                 for name, parameter in projections.items():
                     parameter.copy_(tensors[name])
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        total = super()._get_grad_norm(model, grad_norm)
+        if total is not None and self._next_step_is_logged():
+            groups = {
+                "student": self.model.student.parameters(),
+                "projections": self.model.projection_parameters().values(),
+            }
+            norms = {
+                name: get_total_norm([p.grad for p in parameters if p.grad is not None])
+                for name, parameters in groups.items()
+            }
+            # Clipping has scaled all of them, `total` is the norm from before it.
+            clipped = torch.stack([*norms.values()]).norm().clamp(min=torch.finfo().tiny)
+            self._grad_norms = {
+                f"grad_norm/{name}": norm * total / clipped for name, norm in norms.items()
+            }
+        return total
 
     def _next_step_is_logged(self) -> bool:
         step = self.state.global_step + 1

@@ -171,6 +171,46 @@ def test_bad_rows(line: str, said: str, distill, tmp_path) -> None:
     assert str(path) + said in distill(train=path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"ot": "off"}, "nothing to distil; the command sft fine-tunes"),
+        ({"cst": "off", "crc": "off"}, "'cst' and 'crc' are both off; 'ot: off' turns"),
+        ({"cst": "off", "texts": "cot"}, "'texts' is cot: no row has a crossed pair"),
+        ({"layers": ""}, "setting 'layers' is empty; 'ot: off' turns"),
+        ({"layers": "last,1,-1"}, "setting 'layers' has a layer twice: last, 1, -1"),
+        ({"kd": "uld", "divergence": "js"}, "kd uld has no divergence, but 'divergence' is js"),
+        ({"kd": "mined", "divergence": "js"}, "kd mined has forward_kl, but 'divergence' is js"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_loaded(changed, said, distill) -> None:
+    nowhere = {"student": "/nowhere", "teacher": "/nowhere", "train": "/nowhere"}
+    assert said in distill(**nowhere, **changed)
+
+
+def test_settings_without_effect_are_named() -> None:
+    required = {"student": "s", "teacher": "t", "train": "r", "output": "o"}
+
+    def lines(**changed: object) -> list[str]:
+        return config_module.without_effect(DistillConfig(**required, **changed))
+
+    assert lines(kd="dskd", divergence="js", t2s_init="pseudo-inverse", ot_iters=3) == []
+    assert lines(eval="e", eval_steps=5) == []
+    assert lines(eval_steps=5, ot_iters=100) == ["eval is none: no effect of eval_steps"]
+    assert lines(temperature=1.0, divergence="js", token_maps="m", t2s_init="pseudo-inverse") == [
+        "kd is none: no effect of divergence, temperature",
+        "kd is not mined: no effect of token_maps",
+        "kd is not dskd: no effect of t2s_init",
+    ]
+    without_ot = {"kd": "uld", "ot": False, "projection_learning_rate": 1.0}
+    assert lines(**without_ot, layers=["last"], cst=False, ot_tol=0.0) == [
+        "ot is off: no effect of cst, layers, ot_tol",
+        "nothing is projected: no effect of projection_learning_rate",
+    ]
+    model = SFTConfig(model="m", train="r", output="o", eval_batch_size=1)
+    assert config_module.without_effect(model) == ["eval is none: no effect of eval_batch_size"]
+
+
 def test_missing_and_empty_files(distill, tmp_path) -> None:
     assert "data file nowhere.jsonl: No such file" in distill(train="nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -189,7 +229,6 @@ def test_output_in_use(distill, tmp_path) -> None:
 def test_unsuitable_models(distill, workspace, tmp_path) -> None:
     assert "tokenizer of '/nowhere' cannot be loaded" in distill(teacher="/nowhere")
     assert "takes 256 tokens, fewer than max_length 512" in distill(max_length=512)
-    assert "'cst' and 'crc' are both off" in distill(cst="off", crc="off")
     assert "unknown layer 'middle'" in distill(layers="middle")
     assert "unknown layer '7' for a model of 2 layers" in distill(layers="last,7")
     assert "kd kl needs one vocabulary" in distill(kd="kl")

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cot2align.train import token_states as token_states_module
-from cot2align.train.config import DistillConfig, UserError
+from cot2align.train.config import DistillConfig, UserError, build
 from cot2align.train.data import collate
 from cot2align.train.losses.cross_entropy import cross_entropy
 from cot2align.train.losses.dskd import DSKD
+from cot2align.train.models import load_tokenizer
 from cot2align.train.token_states import TokenStates, token_states
-from cot2align.train.trainer import kd_loss
+from cot2align.train.trainer import build_distiller, kd_loss
 from tests.conftest import cli, log_of
 from tests.train.conftest import Pair, random_states
 
@@ -102,6 +103,35 @@ def test_values_and_gradients(one_vocabulary, chunk, monkeypatch) -> None:
     for gradient, exact in zip(ours, theirs, strict=True):
         assert (gradient - exact).norm() <= 1e-5 * exact.norm()
         assert exact.norm() > 0
+
+
+def test_start_from_heads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, other = torch.randn(2, 30, 8, generator=generator)
+    dskd = DSKD(8, 12, one_vocabulary=False, divergence="js", temperature=2.0)
+    # A teacher's head that a student's reaches exactly, with a part that none reaches.
+    t2s = torch.randn(8, 12, generator=generator)
+    unreachable = other - student @ torch.linalg.lstsq(student, other).solution
+    dskd.start_from_heads(student, student @ t2s + unreachable @ t2s)
+    torch.testing.assert_close(dskd.t2s.weight.detach(), t2s, rtol=1e-4, atol=1e-4)
+    assert dskd.t2s.bias.abs().max() == 0
+    # Fewer tokens than dimensions: the smallest of the solutions, as the pseudo-inverse gives.
+    dskd.start_from_heads(student[:5], other[:5, :1].expand(5, 12))
+    expected = student[:5].pinverse() @ other[:5, :1].expand(5, 12)
+    torch.testing.assert_close(dskd.t2s.weight.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pseudo_inverse_start_of_a_run(distill_settings, workspace) -> None:
+    given = {"teacher": workspace.sibling, "kd": "dskd", "t2s_init": "pseudo-inverse"}
+    config = build(DistillConfig, {**distill_settings, **given, "output": "unused"})
+    tokenizers = [load_tokenizer(name) for name in (config.student, config.teacher)]
+    distiller = build_distiller(config, *tokenizers)
+    student, teacher = (
+        model.get_output_embeddings().weight.detach()[: len(tokenizers[0])]
+        for model in (distiller.student, distiller.teacher)
+    )
+    expected = student.double().pinverse() @ teacher.double()
+    torch.testing.assert_close(distiller.kd.t2s.weight.detach(), expected.float())
 
 
 @pytest.mark.parametrize("pair_name", ["two_tokenizers", "one_tokenizer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,10 @@ def test_log(distilled) -> None:
         total = 0.5 * entry["ce"] + 0.5 * (entry["ot"] + entry["kd"])
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
         assert entry["ot"] == pytest.approx(entry["ot/cst"] + entry["ot/crc"], rel=1e-5)
+        assert 0 < entry["token_accuracy"] < 1
+        norms = [entry[f"grad_norm/{part}"] for part in ("student", "projections")]
+        assert min(norms) > 0
+        assert math.hypot(*norms) == pytest.approx(entry["grad_norm"], rel=1e-5)
         assert entry["ot/grad_norm"] > 0
         assert entry["ot/grad_ratio"] > 0
         for layer in ("embed", "last", "1"):

@@ -53,6 +53,15 @@ class DSKD(nn.Module):
         self.distance = DIVERGENCES[divergence]
         self.temperature = temperature
 
+    @torch.no_grad()
+    def start_from_heads(self, student: Tensor, teacher: Tensor) -> None:
+        """t2s = pinv(student) teacher, for rows [K, d] and [K, D] of the heads' weights that belong
+        to the same K tokens: student's head on t2s(H) is nearest to teacher's head on H."""
+        # gelsy, since the rows need not have full rank.
+        rows = (student.double().cpu(), teacher.double().cpu())
+        self.t2s.weight.copy_(torch.linalg.lstsq(*rows, driver="gelsy").solution)
+        self.t2s.bias.zero_()
+
     def forward(self, student: TokenStates, teacher: TokenStates) -> KDLoss:
         """Sums over the response tokens, the student's in student space and the teacher's in
         teacher space, float32. parts: "kd/t2s_ce", "kd/t2s", "kd/s2t". metrics:

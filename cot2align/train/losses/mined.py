@@ -42,6 +42,8 @@ from cot2align.train.token_states import TokenStates, sum_over_tokens
 
 TEXTS_PER_FILE = 1024
 TOKENS_PER_FILE = 8192
+# An id that no token has. Not empty: an empty token is near to every short one.
+NO_TOKEN = b"\xff" * 256
 ROLES = ("eos", "bos", "unk", "pad")
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # The characters that byte-level tokenizers write bytes as.
@@ -62,8 +64,7 @@ class Vocabulary:
         byte_level = any(b'"ByteLevel"' in stage.__getstate__() for stage in stages if stage)
         added = tokenizer.get_added_vocab()
         ids = tokenizer.get_vocab()
-        # Ids that no token has are not empty: an empty token is near to every short one.
-        self.tokens = [b"\xff" * 256] * (max(ids.values()) + 1)
+        self.tokens = [NO_TOKEN] * (max(ids.values()) + 1)
         for token, token_id in ids.items():
             literal = token in added
             self.tokens[token_id] = token.encode() if literal else _bytes(token, byte_level)
@@ -79,6 +80,17 @@ class Vocabulary:
     def ordinary(self) -> list[int]:
         """The ids of all tokens without a role."""
         return [token_id for token_id in range(len(self.tokens)) if token_id not in self.roles]
+
+
+def shared_tokens(student: Vocabulary, teacher: Vocabulary) -> tuple[list[int], list[int]]:
+    """The ids of all tokens that stand for the same in both, the student's and the teacher's (of
+    several the first). Raises UserError where there are none."""
+    ids = reversed(range(len(teacher.tokens)))
+    theirs = {teacher.tokens[i]: i for i in ids if teacher.tokens[i] != NO_TOKEN}
+    both = [(i, theirs[token]) for i, token in enumerate(student.tokens) if token in theirs]
+    if not both:
+        raise UserError("the two vocabularies share no token")
+    return [i for i, _ in both], [j for _, j in both]
 
 
 class TokenAligner:
