@@ -54,11 +54,12 @@ def _matrix(similarity, offsets, q):
 
 
 @triton.jit
-def _entries(matrix, i, j, end, m):
-    """Addresses and mask of rows i < end; the padding of rows to 16 bytes is inside the mask."""
+def _entries(matrix, first, j, end, m, R: tl.constexpr):
+    """Rows from `first` on, addresses and mask; the padding of rows to 16 bytes is inside the mask."""
     stride = (m + 3) // 4 * 4
-    at = matrix + i.to(tl.int64)[:, None] * stride + j[None, :]
-    return at, (i < end)[:, None] & (j < stride)[None, :]
+    block = tl.arange(0, R)
+    at = matrix + stride.to(tl.int64) * first + (block[:, None] * stride + j[None, :])
+    return first + block, at, (first + block < end)[:, None] & (j < stride)[None, :]
 
 
 @triton.jit
@@ -131,8 +132,7 @@ def _sweep(
     """Writes f_k of the rows [begin, end) from g_k, returns their part of T_k's column sums."""
     total = tl.zeros([R, j.shape[0]], tl.float32)
     for first in tl.range(begin, end, R, num_stages=STAGES):
-        i = first + tl.arange(0, R)
-        at, mask = _entries(matrix, i, j, end, m)
+        i, at, mask = _entries(matrix, first, j, end, m, R)
         cost = _cost(tl.load(at, mask=mask, other=0))
         if LOG:
             row = -tl.max(col[None, :] - sharpness * cost, 1)
@@ -158,8 +158,7 @@ def _reverse_sweep(
     gbar = tl.zeros([R, j.shape[0]], tl.float32)
     masses = tl.zeros([R, j.shape[0]], tl.float32)
     for first in tl.range(begin, end, R, num_stages=STAGES):
-        i = first + tl.arange(0, R)
-        at, mask = _entries(matrix, i, j, end, m)
+        i, at, mask = _entries(matrix, first, j, end, m, R)
         cost = _cost(tl.load(at, mask=mask, other=0))
         row = tl.load(row_now + i, mask=i < end, other=_nothing(LOG))
         dot = tl.sum(_plan(cost, row, col, sharpness, LOG) * y[None, :], 1)
@@ -201,8 +200,7 @@ def _softmax_kernel(
     total = tl.zeros([R, COLS], tl.float32)
     top = tl.full([R, COLS], float("-inf"), tl.float32)
     for first in range(begin, end, R):
-        i = first + tl.arange(0, R)
-        at, mask = _entries(matrix, i, j, end, m)
+        i, at, mask = _entries(matrix, first, j, end, m, R)
         s = tl.where((j < m)[None, :], tl.load(at, mask=mask, other=0), float("-inf"))
         largest = tl.max(s, 1)[:, None]
         first_largest = tl.min(tl.where(s == largest, j[None, :], COLS), 1)
@@ -214,7 +212,9 @@ def _softmax_kernel(
         # A product, since unary minus would make rest = 0 a positive zero.
         kept = tl.where(at_argmax, rest * (-1 / (1 + rest)), exponential * (1 / (1 + rest)))
         tl.store(at, kept, mask=mask)
-        tl.store(rows + q * slots * width_n + i, tl.full([R], 0 if LOG else 1, tl.float32), mask=i < end)
+        tl.store(
+            rows + q * slots * width_n + i, tl.full([R], 0 if LOG else 1, tl.float32), mask=i < end
+        )
         exponent = -sharpness * _cost(kept)
         if LOG:
             top = tl.maximum(top, tl.where((i < end)[:, None], exponent, float("-inf")))
@@ -225,8 +225,7 @@ def _softmax_kernel(
         col_top = tl.max(top, 0)
         tl.debug_barrier()  # p is read back by other threads
         for first in range(begin, end, R):
-            i = first + tl.arange(0, R)
-            at, mask = _entries(matrix, i, j, end, m)
+            i, at, mask = _entries(matrix, first, j, end, m, R)
             exponent = -sharpness * _cost(tl.load(at, mask=mask, other=0)) - col_top[None, :]
             total += tl.where((i < end)[:, None], tl.exp(exponent), 0)
         sums = col_top + tl.log(tl.sum(total, 0))
@@ -250,15 +249,14 @@ def _finish_kernel(
     end = tl.minimum(begin + chunk, n)
     matrix = _matrix(similarity, offsets, q)
     j = tl.arange(0, COLS)
-    last = tl.load(iterations + q) if GRADIENT == "unrolled" else 0
+    last = tl.load(iterations + q) % slots
     rows += (q * slots + last) * width_n
     col = tl.load(cols + (q * slots + last) * COLS + j)
     loss = tl.zeros([R], tl.float32)
     gbar = tl.zeros([R, COLS], tl.float32)
     mass = tl.zeros([R, COLS], tl.float32)
     for first in range(begin, end, R):
-        i = first + tl.arange(0, R)
-        at, mask = _entries(matrix, i, j, end, m)
+        i, at, mask = _entries(matrix, first, j, end, m, R)
         cost = _cost(tl.load(at, mask=mask, other=0))
         row = tl.load(rows + i, mask=i < end, other=_nothing(LOG))
         plan = _plan(cost, row, col, sharpness, LOG)
@@ -309,15 +307,14 @@ def _gradient_kernel(
     matrix = _matrix(similarity, offsets, q)
     j = tl.arange(0, COLS)
     weight = tl.load(weights + q)
-    last = tl.load(iterations + q) if GRADIENT == "unrolled" else 0
+    last = tl.load(iterations + q) % slots
     rows += q * slots * width_n
     cols += q * slots * COLS
     if GRADIENT == "unrolled":
         x += q * slots * width_n
         y += q * slots * COLS
     for first in range(begin, end, R):
-        i = first + tl.arange(0, R)
-        at, mask = _entries(matrix, i, j, end, m)
+        i, at, mask = _entries(matrix, first, j, end, m, R)
         kept = tl.load(at, mask=mask, other=0)
         cost = _cost(kept)
         row = tl.load(rows + last * width_n + i, mask=i < end, other=_nothing(LOG))
@@ -384,7 +381,7 @@ def _iterate_kernel(
     while running:
         k += 1
         col = next_col
-        slot = q * slots + tl.minimum(k, slots - 1)
+        slot = q * slots + k % slots
         tl.store(cols + slot * COLS + j, col)
         total = _sweep(
             matrix, rows + slot * width_n, col, 0, n, n, m, j, sharpness, R, LOG, STAGES
@@ -444,8 +441,7 @@ def _schur(
     """
     total = tl.zeros([R, j.shape[0]], tl.float64)
     for first in range(0, n, R):
-        i = first + tl.arange(0, R)
-        at, mask = _entries(matrix, i, j, n, m)
+        i, at, mask = _entries(matrix, first, j, n, m, R)
         cost = _cost(tl.load(at, mask=mask, other=0))
         row = tl.load(rows + i, mask=i < n, other=_nothing(LOG))
         plan = _plan(cost, row, col, sharpness, LOG).to(tl.float64)
@@ -455,10 +451,10 @@ def _schur(
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "max_parts"])
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts"])
 def _fixed_point_kernel(
-    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, max_parts,
-    rows, cols, masses, w, sharpness,
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots, max_parts,
+    rows, cols, masses, w, iterations, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """Conjugate gradients for w, preconditioned by the plan's column sums c, in double: the system is
@@ -468,12 +464,11 @@ def _fixed_point_kernel(
     if not here:
         return
     matrix = _matrix(similarity, offsets, q)
-    rows += q * width_n
+    slot = q * slots + tl.load(iterations + q) % slots
+    rows += slot * width_n
     j = tl.arange(0, COLS)
-    col = tl.load(cols + q * COLS + j)
-    c = _sum_parts(
-        masses + q * max_parts * COLS, tl.cdiv(n, chunk), j, COLS, R
-    ).to(tl.float64)  # fmt: skip
+    col = tl.load(cols + slot * COLS + j)
+    c = _sum_parts(masses + q * max_parts * COLS, tl.cdiv(n, chunk), j, COLS, R)
     inverse = tl.where(c > 0, 1 / c, 0)
     residual = _schur(matrix, rows, col, c, n, m, j, sharpness, R, LOG, True)
     # Solvable only without a component along the constants.
@@ -499,7 +494,9 @@ def _fixed_point_kernel(
 # ---- few problems: two launches an iteration, over blocks of columns and of rows
 
 
-@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "k", "num_iters"])
+@triton.jit(
+    do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "k", "num_iters"]
+)
 def _cols_kernel(
     shapes, order, small_n, small_m, chunk, slots, max_parts,
     cols, partial, errors, iterations, k, num_iters,
@@ -517,11 +514,11 @@ def _cols_kernel(
         col = _first_col(partial, parts, j, m, COLS, PARTS, LOG)
     else:
         total = _sum_parts(partial, parts, j, COLS, PARTS)
-        before = tl.load(cols + tl.minimum(k - 1, slots - 1) * COLS)
+        before = tl.load(cols + (k - 1) % slots * COLS)
         col, error = _next_col(before, total, j, m, LOG)
         tl.store(errors + q * (COLS // BLOCK) + tl.program_id(1), error)
     if k <= num_iters:
-        tl.store(cols + tl.minimum(k, slots - 1) * COLS, col)
+        tl.store(cols + k % slots * COLS, col)
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "k", "num_iters"])
@@ -545,7 +542,7 @@ def _rows_kernel(
                 tl.store(marginal_error + q, error)
             return
     j = tl.arange(0, COLS)
-    slot = q * slots + tl.minimum(k, slots - 1)
+    slot = q * slots + k % slots
     col = tl.load(cols + slot * COLS + j)
     total = _sweep(
         _matrix(similarity, offsets, q), rows + slot * width_n, col, begin, tl.minimum(begin + chunk, n), n, m, j,
@@ -612,7 +609,6 @@ TILES = {
     1024: (4, 8),
     2048: (2, 8),
     4096: (1, 8),
-    8192: (1, 16),
 }
 MAX_COLS = max(TILES)
 STAGES = 3  # tiles on their way from memory while one is worked on
@@ -625,6 +621,19 @@ PROGRAMS = 264
 MANY, SMALL = 32, 2**19
 # 1/epsilon up to which products of E's and the potentials' entries stay in float32's range.
 LARGEST_SHARPNESS = 64
+
+
+def constants(cols: int, logarithmic: bool, gradient: str | None) -> dict[str, Any]:
+    """What the kernels are compiled for, by argument."""
+    return {
+        "COLS": cols,
+        "R": TILES[cols][0],
+        "LOG": logarithmic,
+        "GRADIENT": gradient,
+        "STAGES": STAGES,
+        "BLOCK": BLOCK,
+        "PARTS": PARTS,
+    }
 
 
 def solve(
@@ -672,7 +681,7 @@ def solve(
     width_n = triton.cdiv(max_n, 16) * 16
     one_program_each = problems >= MANY or max_n * max_m <= SMALL
     unrolled = gradient == "unrolled"
-    slots = num_iters + 1 if unrolled else 1
+    slots = num_iters + 1 if unrolled else 2  # iteration k is in slot k % slots
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=similarity.device)
@@ -705,19 +714,14 @@ def solve(
         "num_iters": num_iters,
         "tol": float(tol) if tol > 0 else -1.0,
         "sharpness": 1 / epsilon,
-        "COLS": tile,
-        "R": tile_rows,
-        "LOG": 1 / epsilon > LARGEST_SHARPNESS,
-        "GRADIENT": gradient,
-        "STAGES": STAGES,
-        "BLOCK": BLOCK,
-        "PARTS": PARTS,
     }
 
+    settings = constants(tile, 1 / epsilon > LARGEST_SHARPNESS, gradient)
+
     def launch(kernel: Any, *grid: int, **more: int) -> None:
-        launches[kernel.__name__] += 1
-        arguments = {**values, **more}
-        kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=warps)
+        launches[kernel.fn.__name__] += 1
+        known = {**values, **settings, **more}
+        kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=warps)
 
     with torch.cuda.device_of(similarity):
         launch(_softmax_kernel, problems, parts)

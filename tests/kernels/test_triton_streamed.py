@@ -1,0 +1,329 @@
+"""The streaming solver, from packed S to loss and dS, against float64.
+
+Its arithmetic runs on a GPU, or here in the interpreter:
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_triton_streamed.py
+Without that variable the same file compiles every kernel for GPUs that need not be there;
+COMPILE_ALL=1 does so for every tile on every GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cot2align.kernels import reference, triton_streamed
+
+sys.path.insert(0, str(Path(__file__).parent))
+from direct import gradients, ot_loss_of, relative
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
+)
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["one_program", "many_programs"])
+def programs(request, monkeypatch):
+    """Both ways to iterate, whatever the size; many_programs: one per block of rows."""
+    one = request.param == "one_program"
+    monkeypatch.setattr(triton_streamed, "MANY", 0 if one else math.inf)
+    monkeypatch.setattr(triton_streamed, "SMALL", 0)
+    return request.param
+
+
+def random(n: int, m: int, spread: float = 3.0):
+    """S [n, m], float32."""
+    return spread * torch.randn(n, m, generator=torch.Generator().manual_seed(100 * n + m))
+
+
+def solve(
+    matrices,
+    epsilon,
+    num_iters,
+    tol=0.0,
+    gradient="unrolled",
+    *,
+    weights=None,
+    floor=(0, 0),
+    bounds=None,
+):
+    """Losses, iterations, column errors, and the matrices after: dS. Outputs begin as zeros."""
+    shapes = torch.tensor([s.shape for s in matrices], dtype=torch.int32)
+    strides = [(s.shape[1] + 3) // 4 * 4 for s in matrices]
+    sizes = [s.shape[0] * stride for s, stride in zip(matrices, strides, strict=True)]
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    packed = torch.full((sum(sizes),), math.nan)
+
+    def views(flat):
+        parts = flat.split(sizes)
+        return [
+            part.view(s.shape[0], stride)[:, : s.shape[1]]
+            for part, s, stride in zip(parts, matrices, strides, strict=True)
+        ]
+
+    for view, s in zip(views(packed), matrices, strict=True):
+        view.copy_(s)
+    count = len(matrices)
+    packed = packed.to(DEVICE)
+    loss, error = torch.zeros(2, count, device=DEVICE)
+    iterations = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+    triton_streamed.solve(
+        packed,
+        shapes.to(DEVICE),
+        offsets[:-1].to(DEVICE),
+        shapes.prod(1).argsort(descending=True).int().to(DEVICE),
+        torch.ones(count, device=DEVICE) if weights is None else weights.to(DEVICE),
+        bounds=bounds or tuple(shapes.amax(0).tolist()),
+        floor=floor,
+        epsilon=epsilon,
+        num_iters=num_iters,
+        tol=tol,
+        gradient=gradient,
+        loss=loss,
+        iterations=iterations,
+        marginal_error=error,
+    )
+    return loss.cpu(), iterations.cpu(), error.cpu(), views(packed.cpu())
+
+
+def oracle(s, epsilon, num_iters, dtype=torch.float64):
+    """Loss and dS, computed in `dtype`."""
+    value, (slope,) = gradients(lambda t: ot_loss_of(t, epsilon, num_iters), [s], dtype)
+    return value, slope
+
+
+def reference_solve(s, **settings):
+    """reference.solve of the tokens whose S this is."""
+    s = s.double()
+    identity = torch.eye(s.shape[1], dtype=torch.float64)
+    x = s * math.sqrt(s.shape[1])
+    return reference.solve(
+        x[None], identity[None], None, None, None, reference.OTSettings(**settings)
+    )
+
+
+def assert_as_good_as_autograd(s, loss, slope, epsilon, num_iters):
+    """At most 4 times the error of float32 autograd, whose own may happen to be 0."""
+    expected_loss, expected = oracle(s, epsilon, num_iters)
+    loss32, slope32 = oracle(s, epsilon, num_iters, torch.float32)
+    rounding = torch.finfo(torch.float32).eps
+    error, error32 = (abs(value - expected_loss) / expected_loss for value in (loss, loss32))
+    assert error <= 4 * max(error32, rounding)
+    assert relative(slope.double(), expected) <= 4 * max(relative(slope32, expected), rounding)
+
+
+@runs
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 20])
+@pytest.mark.parametrize("epsilon", [1e3, 10, 0.1, 0.02, 0.005, 1e-3])
+def test_value_and_gradient(programs, epsilon, num_iters):
+    s = random(37, 21)
+    (loss,), (iterations,), _, (slope,) = solve([s], epsilon, num_iters)
+    assert iterations == num_iters
+    assert_as_good_as_autograd(s, loss, slope, epsilon, num_iters)
+
+
+@runs
+@pytest.mark.parametrize("m", [129, 600, 2049])
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+def test_widths(programs, epsilon, m):
+    s = random(3, m)
+    (loss,), _, _, (slope,) = solve([s], epsilon, 2)
+    assert_as_good_as_autograd(s, loss, slope, epsilon, 2)
+
+
+@runs
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+def test_ragged(programs, epsilon):
+    shapes = [(3, 5), (0, 4), (33, 7), (1, 6), (4, 0), (5, 1), (1, 1), (64, 2)]
+    matrices = [random(*shape) for shape in shapes]
+    weights = torch.arange(1.0, 9.0)
+    loss, iterations, error, slopes = solve(matrices, epsilon, 3, weights=weights, bounds=(70, 9))
+    for q, s in enumerate(matrices):
+        if s.numel() == 0:
+            assert loss[q] == iterations[q] == error[q] == 0
+            continue
+        expected_loss, expected = oracle(s, epsilon, 3)
+        torch.testing.assert_close(loss[q].double(), expected_loss, rtol=1e-5, atol=1e-7)
+        expected *= weights[q]
+        torch.testing.assert_close(slopes[q].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@runs
+def test_all_empty():
+    loss, *_ = solve([random(0, 3), random(0, 0)], 0.1, 3)
+    assert loss.tolist() == [0, 0]
+
+
+@runs
+def test_floor(programs):
+    """Problems within it are another launch's: their S and outputs stay as they are."""
+    matrices = [random(8, 8), random(9, 8), random(8, 9), random(3, 2)]
+    loss, iterations, error, after = solve(matrices, 0.1, 2, floor=(8, 8))
+    for q in (0, 3):
+        assert loss[q] == iterations[q] == error[q] == 0
+        assert torch.equal(after[q], matrices[q])
+    for q in (1, 2):
+        assert_as_good_as_autograd(matrices[q], loss[q], after[q], 0.1, 2)
+
+
+@runs
+@pytest.mark.parametrize("epsilon", [1, 0.1, 0.01])
+def test_saturated_softmax(programs, epsilon):
+    """Every p is 0 or 1 in float32, or all but; a permutation's plan costs next to nothing."""
+    s = random(12, 12, 1.0)
+    s[torch.arange(12), torch.randperm(12, generator=torch.Generator().manual_seed(0))] += 25
+    loss, _, _, (slope,) = solve([s], epsilon, 5)
+    expected_loss, expected = oracle(s, epsilon, 5)
+    assert abs(loss[0] - expected_loss) <= 1e-5 * expected_loss
+    assert relative(slope.double(), expected) <= 1e-5
+
+
+@runs
+@pytest.mark.parametrize("tol", [1e-2, 1e-4])
+@pytest.mark.parametrize("epsilon", [0.1, 0.012])
+def test_stops_like_the_reference(programs, epsilon, tol):
+    matrices = [random(6, 5, 0.0), random(8, 6), random(35, 5)]
+    loss, iterations, error, slopes = solve(matrices, epsilon, 12, tol)
+    assert iterations[0] == 1
+    for q, s in enumerate(matrices):
+        expected = reference_solve(s, epsilon=epsilon, num_iters=12, tol=tol)
+        assert iterations[q] == expected.num_iters[0]
+        assert (error[q] <= tol) == (expected.marginal_error[0] <= tol)
+        torch.testing.assert_close(
+            error[q].double(), expected.marginal_error[0], rtol=1e-3, atol=1e-5
+        )
+        if q > 0:  # the gradient of equal costs is 0
+            assert_as_good_as_autograd(s, loss[q], slopes[q], epsilon, int(iterations[q]))
+
+
+@runs
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+def test_nan_stays_in_its_problem(programs, epsilon, bad):
+    matrices = [random(6, 5), random(34, 5), random(7, 5)]
+    spoilt = [s.clone() for s in matrices]
+    spoilt[1][33, 2] = bad
+    loss, iterations, _, slopes = solve(spoilt, epsilon, 4, tol=1e-6)
+    assert loss[1].isnan()
+    assert slopes[1].isnan().all()
+    assert iterations[1] == 4
+    expected_loss, _, _, expected = solve(matrices, epsilon, 4, tol=1e-6)
+    for q in (0, 2):
+        assert torch.equal(loss[q], expected_loss[q])
+        assert torch.equal(slopes[q], expected[q])
+
+
+@runs
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+def test_same_bits(programs, epsilon):
+    matrices = [random(70, 9), random(5, 8)]
+    first = solve(matrices, epsilon, 3)
+    again = solve(matrices, epsilon, 3)
+    assert torch.equal(first[0], again[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[3], again[3], strict=True))
+
+
+@runs
+@pytest.mark.parametrize("epsilon", [0.3, 0.1, 0.015])
+def test_implicit_is_unrolled_at_convergence(programs, epsilon):
+    matrices = [random(7, 9, 1.0), random(34, 4, 1.0)]
+    loss, _, error, implicit = solve(matrices, epsilon, 200, 3e-6, "implicit")
+    assert (error <= 3e-6).all()
+    for s, value, slope in zip(matrices, loss, implicit, strict=True):
+        expected_loss, expected = oracle(s, epsilon, 1000)
+        assert abs(value - expected_loss) <= 1e-5 * expected_loss
+        assert relative(slope.double(), expected) <= 1e-4
+
+
+@runs
+@pytest.mark.parametrize("gradient", ["implicit", "detached"])
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.01])
+def test_implicit_and_detached_before_convergence(programs, epsilon, gradient):
+    """What the reference gives for the plan of 3 iterations, marginals and all."""
+    s = random(36, 5)
+    loss, _, _, (slope,) = solve([s], epsilon, 3, gradient=gradient)
+    leaf = s.double().requires_grad_()
+    expected_loss = reference_solve(leaf, epsilon=epsilon, num_iters=3, tol=0.0, grad=gradient).loss
+    (expected,) = torch.autograd.grad(expected_loss, leaf)
+    assert abs(loss - expected_loss) <= 1e-5 * expected_loss
+    assert relative(slope.double(), expected) <= (1e-5 if epsilon >= 0.1 else 1e-4)
+
+
+@runs
+def test_no_gradient(programs):
+    matrices = [random(36, 5), random(4, 7)]
+    for tol in (0.0, 1e-3):
+        loss, iterations, error, _ = solve(matrices, 0.1, 6, tol, "none")
+        expected = solve(matrices, 0.1, 6, tol)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(iterations, expected[1])
+        assert torch.equal(error, expected[2])
+
+
+@runs
+@pytest.mark.parametrize(
+    ("gradient", "one", "many"), [("none", 4, 13), ("unrolled", 6, 24), ("implicit", 6, 15)]
+)
+def test_launches(programs, gradient, one, many):
+    """One launch for all iterations, or two each; one more pair sees the last column error."""
+    triton_streamed.launches.clear()
+    solve([random(5, 6), random(4, 3)], 0.1, 4, gradient=gradient)
+    assert triton_streamed.launches.total() == (one if programs == "one_program" else many)
+
+
+@runs
+def test_too_wide():
+    limit = triton_streamed.MAX_COLS
+    with pytest.raises(ValueError, match=f"at most {limit} columns, got {limit + 1}"):
+        solve([random(2, 2)], 0.1, 1, bounds=(2, limit + 1))
+
+
+POINTERS = {
+    **dict.fromkeys(("shapes", "order", "iterations"), "*i32"),
+    **dict.fromkeys(("similarity", "weights", "rows", "cols", "x", "y"), "*fp32"),
+    **dict.fromkeys(("partial", "masses", "losses", "errors", "loss"), "*fp32"),
+    **{"offsets": "*i64", "w": "*fp64", "marginal_error": "*fp32"},
+    **dict.fromkeys(("tol", "sharpness"), "fp32"),
+}
+EVERY = [(90, 512), (90, 4096), (80, 4096), (100, 4096)]
+if os.environ.get("COMPILE_ALL") == "1":
+    EVERY = [(gpu, cols) for gpu in (80, 90, 100) for cols in triton_streamed.TILES]
+
+
+@compiles
+@pytest.mark.parametrize(("capability", "cols"), EVERY)
+def test_compiles_without_spills(capability, cols):
+    from compiled import SHARED_MEMORY, compile
+
+    for name, kernel in vars(triton_streamed).items():
+        if not name.endswith("_kernel"):
+            continue
+        gradients = {"_finish_kernel": ["none", "unrolled", "implicit"]}
+        gradients["_gradient_kernel"] = ["detached", "unrolled", "implicit"]
+        for gradient in gradients.get(name, [None]):
+            for logarithmic in (False, True):
+                constants = triton_streamed.constants(cols, logarithmic, gradient)
+                warps = triton_streamed.TILES[cols][1]
+                used = {arg: constants[arg] for arg in kernel.arg_names if arg in constants}
+                signature = {
+                    arg: POINTERS.get(arg, "i32") for arg in kernel.arg_names if arg not in used
+                }
+                binary = compile(kernel, signature, used, capability, warps, 3)
+                assert binary.spills == 0, (name, gradient, logarithmic)
+                assert binary.shared <= SHARED_MEMORY[capability]
