@@ -265,6 +265,33 @@ def test_no_pair_at_all_is_a_connected_zero(two_tokenizers) -> None:
     assert gradient.abs().max() == 0
 
 
+@pytest.mark.parametrize("term", ["ce", "kl", "ot"])
+def test_padding_and_the_order_of_rows_change_nothing(term, one_tokenizer) -> None:
+    pair = one_tokenizer
+    torch.manual_seed(0)
+    cross_cot = CrossCoT(
+        32, 48, terms=("cst", "crc"), layers=("embed", "last"), norm="rms", per_layer=True,
+        settings=OTSettings(num_iters=20, tol=0.0),
+    )  # fmt: skip
+
+    def total(examples, tokens: str = "response") -> float:
+        batch = collate(examples, tokens)
+        student, teacher = (
+            token_states(pair.models[side], batch[side], LAYERS) for side in ("student", "teacher")
+        )
+        if term == "ce":
+            return cross_entropy(student)[0].item()
+        if term == "kl":
+            return kl(student, teacher, divergence="adaptive_kl", temperature=2.0).total.item()
+        return cross_cot(student, teacher, batch["text_rows"], batch["text_is_cot"], 1).total.item()
+
+    whole = total(pair.examples)
+    assert total(pair.examples[::-1]) == pytest.approx(whole, rel=1e-5)
+    assert sum(total([example]) for example in pair.examples) == pytest.approx(whole, rel=1e-5)
+    if term != "ot":  # which aligns all positions then
+        assert total(pair.examples, "all") == pytest.approx(whole, rel=1e-5)
+
+
 def test_objective_is_equation_16(one_tokenizer) -> None:
     pair = one_tokenizer
     cross_cot = CrossCoT(

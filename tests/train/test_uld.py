@@ -63,6 +63,21 @@ def test_gradient(chunk, monkeypatch) -> None:
     assert actual.norm(dim=1).gt(0).tolist() == [True] * 3 + [False] * 2 + [True] * 8
 
 
+def test_a_vocabulary_of_50k_against_152k() -> None:
+    student, teacher = random_states(0, [2, 1], 8, 50257), random_states(1, [1, 2], 6, 151936)
+    total = uld(student, teacher, temperature=1.0).total
+    (actual,) = torch.autograd.grad(total, student.hidden)
+    hidden = student.hidden.detach().double().requires_grad_()
+    logits = student.head(hidden, *student.weights)
+    others = teacher.head(teacher.hidden.detach().double(), *teacher.weights)
+    q = logits[[0, 2]].softmax(-1).sort(descending=True).values
+    p = others[[0, 1]].softmax(-1).sort(descending=True).values
+    expected = (p - torch.nn.functional.pad(q, (0, 151936 - 50257))).abs().sum()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    (exact,) = torch.autograd.grad(expected, hidden)
+    assert (actual - exact).norm() <= 1e-5 * exact.norm()
+
+
 def test_equal_models_are_at_zero() -> None:
     states = random_states(0, [4, 2], 8, 11)
     total = uld(states, states, temperature=1.0).total
