@@ -249,12 +249,15 @@ def _fused(
     tl.store(iterations + q, k)
     tl.store(marginal_error + q, error)
     if GRADIENT != "none":
-        at = gradient + tl.load(offsets + q) + rows[:, None] * ((m + 3) // 4 * 4) + cols[None, :]
+        gradient += tl.load(offsets + q)
+        stride = (m + 3) // 4 * 4
         valid = row[:, None] & col[None, :]
         if GRADIENT == "unrolled":
             slope = _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG)
         elif GRADIENT == "implicit":
-            tl.store(at, p, mask=valid)  # leaves its registers to the iteration in double
+            # p leaves its registers to the iteration in double precision.
+            at = gradient + rows[:, None] * stride + cols[None, :]
+            tl.store(at, p, mask=valid)
             z_bar, w_bar = _fixed_point(T, C, 2 * m + 50)
             tl.debug_barrier()
             p = tl.load(at, mask=valid, other=0.0)
@@ -265,6 +268,7 @@ def _fused(
         # Relative to the argmax, whose own p is all but 1 where the softmax saturates.
         slope -= tl.sum(tl.where(at_argmax, slope, 0.0), 1)[:, None]
         slope -= tl.sum(p * slope, 1)[:, None]
+        at = gradient + rows[:, None] * stride + cols[None, :]
         tl.store(at, tl.load(weights + q) * p * slope, mask=valid)
 
 
@@ -396,11 +400,14 @@ TILES = (Tile(32, 32, 2), Tile(64, 64, 8), Tile(64, 128, 16))
 
 def tiles_for(gradient: str, logarithmic: bool, capability: int) -> tuple[Tile, ...]:
     """The tiles of `_fused`, each within the next, on a GPU of this major capability."""
+    if gradient == "none" and not logarithmic:
+        return (*TILES, Tile(128, 128, 8 if capability == 9 else 16))
     tiles = TILES[:2] if gradient == "implicit" else TILES  # its matrices are of double precision
     blackwell_spills = gradient == "implicit" or (gradient == "unrolled" and logarithmic)
     return tiles[:-1] if capability >= 10 and blackwell_spills else tiles
 
 
+STAGES = 3
 DEPTH = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 SIMILARITY = {
     torch.float32: Block(64, 64, 16, 4, 3),
@@ -502,6 +509,7 @@ def ot_loss(
                 GRADIENT=gradient,
                 UPCAST=upcast,
                 num_warps=tile.warps,
+                num_stages=STAGES,
             )
             floor = tile
         if not fitting:

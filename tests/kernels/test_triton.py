@@ -1,0 +1,277 @@
+"""The Triton backend: tiles, launches, 16-bit tokens; and every kernel compiled for three GPUs.
+
+Run on a GPU, or interpreted in a process of its own:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels -k triton
+
+Compiling needs neither; COMPILE_ALL=1 compiles every configuration (minutes).
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cot2align.kernels import native, reference
+from cot2align.kernels import triton_sinkhorn as sinkhorn
+from tests.kernels import direct
+
+INTERPRETED = sinkhorn.INTERPRETED
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
+)
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def packed(lengths_x, lengths_z, pairs, width=6, spread=3.0):
+    """The tensors of `ot_loss`, float32 on the CPU; the weights are 1, 2, ..."""
+    generator = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(sum(ns), width, generator=generator) for ns in (lengths_x, lengths_z))
+    segments = [
+        torch.tensor([(sum(ns[:i]), n) for i, n in enumerate(ns)]) for ns in (lengths_x, lengths_z)
+    ]
+    return spread * x, z, *segments, torch.tensor(pairs), torch.arange(1.0, len(pairs) + 1)
+
+
+def solve(tensors, dtype=torch.float32, bounds=None, entries=None, solver=None, **settings):
+    """The solver's five outputs on the CPU; without `entries`, as if the host knew no length."""
+    x, z, segments_x, segments_z, *_ = tensors
+    how = {"scale": 0.4, "epsilon": 0.1, "num_iters": 4, "tol": 0.0, "gradient": "unrolled"}
+    how |= {"need_x": True, "need_z": True, **settings}
+    if solver is native.ot_loss:
+        return solver(*tensors, **how)
+    on_device = [t.to(DEVICE) for t in (x.to(dtype), z.to(dtype), *tensors[2:])]
+    if bounds is None:
+        bounds = int(segments_x[:, 1].max()), int(segments_z[:, 1].max())
+    sinkhorn.launches.clear()
+    return [t.cpu() for t in sinkhorn.ot_loss(*on_device, bounds=bounds, entries=entries, **how)]
+
+
+def expected(tensors, epsilon=0.1, num_iters=4):
+    """loss, dx, dz in float64, by autograd through the few-line implementation."""
+    x, z, segments_x, segments_z, pairs, weights = tensors
+    x, z = x.double().requires_grad_(), z.double().requires_grad_()
+    losses = []
+    for s, t in pairs.tolist():
+        (i, n), (j, m) = segments_x[s].tolist(), segments_z[t].tolist()
+        similarity = 0.4 * x[i : i + n] @ z[j : j + m].T
+        empty = 0 * (x.sum() + z.sum())
+        losses.append(direct.ot_loss_of(similarity, epsilon, num_iters) if n and m else empty)
+    loss = torch.stack(losses)
+    return loss.detach(), *torch.autograd.grad(weights.double() @ loss, (x, z))
+
+
+def check(got, want, tolerance=3e-5):
+    loss, _, _, dx, dz = got
+    torch.testing.assert_close(loss.double(), want[0], rtol=tolerance, atol=1e-7)
+    for have, exact in ((dx, want[1]), (dz, want[2])):
+        # Of a single row or column the gradient is 0, and what is left is rounding.
+        assert (have.double() - exact).norm() <= tolerance * exact.norm() + 1e-6
+
+
+@runs
+@pytest.mark.parametrize("epsilon", [0.1, 0.008])
+@pytest.mark.parametrize(
+    ("n", "m", "tiles"),
+    [
+        *((1, 1, 1), (1, 32, 1), (32, 1, 1), (31, 33, 2), (33, 31, 2), (64, 64, 2)),
+        *((63, 65, 3), (64, 128, 3), (65, 20, None), (7, 129, None)),
+    ],
+)
+def test_borders_of_the_tiles(n, m, tiles, epsilon):
+    tensors = packed([n], [m], [(0, 0)])
+    got = solve(tensors, epsilon=epsilon)
+    assert sinkhorn.launches["_fused"] == (tiles or len(sinkhorn.TILES))
+    assert sinkhorn.launches["_similarity"] == (tiles is None)
+    assert sinkhorn.launches["_products"] == 2
+    check(got, expected(tensors, epsilon), 3e-5 if epsilon == 0.1 else 5e-4)
+
+
+@runs
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit", "detached", "none"])
+def test_all_sizes_in_one_call(gradient):
+    lengths = [20, 0, 45, 70, 3], [9, 40, 130, 0]
+    pairs = [(0, 0), (0, 1), (2, 2), (3, 0), (4, 2), (1, 1), (2, 3), (0, 0)]  # segment 3: in none
+    tensors = packed(*lengths, pairs)
+    settings = {"gradient": gradient, "tol": 1e-3, "num_iters": 6}
+    got = solve(tensors, **settings)
+    want = solve(tensors, solver=native.ot_loss, **settings)
+    assert got[1].tolist() == want[1].tolist()
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got[2], want[2], rtol=1e-3, atol=1e-6)
+    for have, exact in zip(got[3:], want[3:], strict=True):
+        assert (have - exact).norm() <= 2e-5 * exact.norm()
+    rows, cols = (tensors[i][tensors[4][:, i - 2], 1] for i in (2, 3))
+    entries = int(rows @ ((cols + 3) // 4 * 4))
+    for a, b in zip(got, solve(tensors, entries=entries, **settings), strict=True):
+        assert torch.equal(a, b)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "m"), [(30, 20), (70, 20)])
+def test_16_bit_tokens(dtype, n, m):
+    x, z, *rest, _ = packed([n], [m], [(0, 0)])
+    x, z = x.to(dtype).float(), z.to(dtype).float()
+    weight = torch.tensor([1e-3])  # dS is small for float16
+    got = solve((x, 32 * z, *rest, weight), dtype, scale=0.4 / 32)
+    loss, dx, dz = expected((x, z, *rest, weight))
+    assert got[3].dtype == got[4].dtype == dtype
+    assert abs(got[0] - loss) <= 1e-5 * loss  # S is not rounded to 16 bits
+    kind = torch.finfo(dtype)
+    for have, exact in ((got[3], dx), (32 * got[4].float(), dz)):
+        smallest = 32 * kind.tiny * kind.eps * math.sqrt(exact.numel())
+        assert (have.double() - exact).norm() <= kind.eps * exact.norm() + smallest
+
+
+@runs
+def test_implicit_is_unrolled_at_convergence():
+    tensors = packed([12, 40], [10, 30], [(0, 0), (1, 1)], spread=1.0)
+    for epsilon in (1.0, 0.2):
+        unrolled, implicit = (
+            solve(tensors, num_iters=60, epsilon=epsilon, gradient=gradient)
+            for gradient in ("unrolled", "implicit")
+        )
+        for a, b in zip(unrolled[3:], implicit[3:], strict=True):
+            assert direct.relative(a, b) < 1e-5
+
+
+@runs
+@pytest.mark.parametrize("epsilon", [0.1, 0.012])
+def test_stops_as_the_reference_does(epsilon):
+    tensors = packed([20, 35], [12, 30], [(0, 0), (1, 1), (0, 1)])
+    got = solve(tensors, num_iters=15, tol=1e-2, epsilon=epsilon, gradient="none")
+    for q, (s, t) in enumerate(tensors[4].tolist()):
+        (i, n), (j, m) = tensors[2][s].tolist(), tensors[3][t].tolist()
+        x, z = tensors[0][None, i : i + n].double(), tensors[1][None, j : j + m].double()
+        x = 0.4 * math.sqrt(x.shape[2]) * x
+        settings = reference.OTSettings(epsilon, 15, 1e-2)
+        want = reference.solve(x, z, None, None, None, settings)
+        assert got[1][q] == want.num_iters
+        assert got[2][q].item() == pytest.approx(want.marginal_error.item(), rel=1e-3, abs=1e-5)
+
+
+@runs
+def test_a_problem_beyond_the_bounds_is_nan_and_harms_no_other():
+    tensors = packed([5, 9], [6, 7], [(0, 0), (1, 1)])
+    got = solve(tensors, bounds=(5, 7))
+    alone = solve((*tensors[:4], tensors[4][:1], tensors[5][:1]))
+    assert got[0].isnan().tolist() == [False, True]
+    assert got[0][0] == alone[0][0]
+    assert torch.equal(got[3], alone[3])
+
+
+@runs
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU PyTorch itself can watch")
+@pytest.mark.parametrize("bounds", [(30, 30), (500, 500)])
+def test_nothing_is_read_from_the_device(bounds, monkeypatch):
+    """A meta tensor has no values: reading one raises."""
+    from cot2align.kernels import triton_streamed
+
+    launched = []
+    monkeypatch.setattr(sinkhorn, "_launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr(triton_streamed, "solve", lambda *_, **__: launched.append("solve"))
+    tensors = [t.to("meta") for t in packed([20, 30], [25, 10], [(0, 0), (1, 1)])]
+    how = {"scale": 1.0, "epsilon": 0.1, "num_iters": 5, "tol": 0.0, "gradient": "unrolled"}
+    sinkhorn.ot_loss(*tensors, bounds=bounds, **how, need_x=True, need_z=True)
+    assert ("solve" in launched) == (bounds == (500, 500))
+
+
+@runs
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter works on the host")
+@pytest.mark.parametrize("longest", [30, 200])
+def test_no_synchronisation(longest):
+    tensors = packed([20, longest], [25, 10], [(0, 0), (1, 1)])
+    solve(tensors)
+    on_device = [t.cuda() for t in tensors]
+    how = {"scale": 1.0, "epsilon": 0.1, "num_iters": 5, "tol": 1e-3, "gradient": "unrolled"}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sinkhorn.ot_loss(*on_device, bounds=(longest, 25), **how, need_x=True, need_z=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- compiled, not run
+
+TYPES = {
+    **dict.fromkeys(("shapes", "order", "iterations"), "*i32"),
+    **dict.fromkeys(("firsts", "offsets", "segments", "starts", "problems"), "*i64"),
+    **dict.fromkeys(("weights", "gradient", "history", "loss", "marginal_error"), "*fp32"),
+    **dict.fromkeys(("scale", "epsilon", "tol"), "fp32"),
+    "similarity": "*fp32",
+}
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def configurations(capability):
+    """Everything that `ot_loss` may launch: kernel, dtype, constants, warps, stages."""
+    for dtype in NAMES:
+        for gradient in ("none", "unrolled", "implicit", "detached"):
+            for logarithmic in (False, True):
+                for tile in sinkhorn.tiles_for(gradient, logarithmic, capability // 10):
+                    constants = {
+                        **{"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": sinkhorn.DEPTH[dtype]},
+                        **{"LOG": logarithmic, "GRADIENT": gradient, "UPCAST": False},
+                    }
+                    yield sinkhorn._fused, dtype, constants, tile.warps, sinkhorn.STAGES
+        block = sinkhorn.SIMILARITY[dtype]
+        constants = {"ROWS": block.rows, "COLS": block.cols, "DEPTH": block.depth, "UPCAST": False}
+        yield sinkhorn._similarity, dtype, constants, block.warps, block.stages
+        block = sinkhorn.PRODUCTS[dtype]
+        for transposed in (False, True):
+            constants = {
+                **{"ROWS": block.rows, "WIDTH": block.cols, "DEPTH": block.depth},
+                **{"TRANSPOSED": transposed, "RESCALE": dtype == torch.float16, "UPCAST": False},
+            }
+            yield sinkhorn._products, dtype, constants, block.warps, block.stages
+
+
+def chosen(capability):
+    """Of all of them: for sm_90 the largest tiles in bfloat16 and the products, else fewer."""
+    every = list(configurations(capability))
+    if os.environ.get("COMPILE_ALL") == "1":
+        return every
+    kept = []
+    for kernel, dtype, constants, warps, stages in every:
+        gradient, cols = constants.get("GRADIENT"), constants.get("COLS")
+        if kernel is sinkhorn._fused:
+            tiles = sinkhorn.tiles_for(gradient, constants["LOG"], capability // 10)
+            keep = (dtype == torch.bfloat16 and cols == tiles[-1].cols) and (
+                gradient == "unrolled" or (capability == 90 and gradient == "implicit")
+            )
+        else:
+            keep = capability == 90 and not constants.get("TRANSPOSED")
+        if keep:
+            kept.append((kernel, dtype, constants, warps, stages))
+    return kept
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_without_spills(capability):
+    from tests.kernels.compiled import SHARED_MEMORY, compile
+
+    for kernel, dtype, constants, warps, stages in chosen(capability):
+        tokens = dict.fromkeys(("x", "z", "right", "output"), f"*{NAMES[dtype]}")
+        types = {**TYPES, **tokens}
+        signature = {
+            name: types.get(name, "i32") for name in kernel.arg_names if name not in constants
+        }
+        binary = compile(kernel, signature, constants, capability, warps, stages, ("dim",))
+        what = (kernel.fn.__name__, dtype, constants, binary.registers)
+        assert binary.spills == 0, what
+        assert binary.shared <= SHARED_MEMORY[capability], what
+        if dtype != torch.float32:
+            assert any(name in binary.ptx for name in ("mma.sync", "wgmma", "tcgen05")), what
