@@ -41,6 +41,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest -q
+	@echo "== running the tests of the Triton kernels in Triton's interpreter"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels -k triton
 
 lint: $(STAMP)
 	@echo "== ruff and mypy"

@@ -138,7 +138,7 @@ def test_which_devices_an_architecture_covers(archs: str, capability: str, runs:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, ["native", "reference"]),
+        ({}, ["native", "triton"]),
         ({"torch__error": "No module named 'torch'"}, ["none", "none"]),
         ({"native__error": "libgomp.so.1"}, ["none", "none"]),
         ({"torch__devices": []}, ["native", "none"]),
