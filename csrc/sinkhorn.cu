@@ -50,11 +50,24 @@ __device__ __forceinline__ char* shared_memory() {
 __device__ __forceinline__ void cluster_barrier() {
   cooperative_groups::this_cluster().sync();
 }
+// What another block of the cluster has at this place of its shared memory. Volatile: addresses that
+// the compiler keeps for the next time cost more registers than there are.
 template <class T>
-__device__ __forceinline__ T* of_block(T* mine, int rank) {
-  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+__device__ __forceinline__ T of_block(const T* mine, int rank) {
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine));
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+  union {
+    T value;
+    unsigned long long wide;
+    unsigned narrow;
+  } of{};
+  if constexpr (sizeof(T) == 8)
+    asm volatile("ld.shared::cluster.b64 %0, [%1];" : "=l"(of.wide) : "r"(address) : "memory");
+  else asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(of.narrow) : "r"(address) : "memory");
+  return of.value;
 }
 #endif
+__device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ float power_of_2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
@@ -88,14 +101,18 @@ struct Launch {
 
 __host__ __device__ constexpr int round4(int count) { return (count + 3) / 4 * 4; }
 
-// What `take` cuts, in floats, without the matrix; ld columns, `band` rows.
+// Shared memory in floats: of fixed size, arrays of columns and of rows (`Solver::cut`), the matrix.
+__host__ __device__ constexpr int fixed_size(int warps) { return 4 * warps + 4; }
+__host__ __device__ constexpr int column_arrays(int warps) { return 2 * warps + 10; }
+constexpr int row_arrays = 13;
+
 constexpr int64_t vectors_size(int ld, int band, int warps) {
-  return 2 * ((warps + 3) * int64_t{ld} + 2 * band + 2 * warps + 2) + 4 * ld + 9 * band;
+  return fixed_size(warps) + column_arrays(warps) * int64_t{ld} + row_arrays * band;
 }
 // The matrix's place also stages the history, at least two iterations of it.
 constexpr int64_t matrix_size(int ld, int band, int resident_rows) {
   const int64_t kept = band > resident_rows ? int64_t{band - resident_rows} * ld : 0;
-  const int64_t staged = 4 * (int64_t{ld} + band);
+  const int64_t staged = 4 * (int64_t{ld} + band) + 16;  // `correct` reads past the last row
   return kept > staged ? kept : staged;
 }
 
@@ -153,7 +170,7 @@ class Solver {
   static constexpr int owned = (128 * strips + threads - 1) / threads;
   static constexpr int batch = strips > 2 ? 2 : 4;  // rows of a sweep that a warp takes together
   // Rows of dL/dS that a warp makes together: as many accumulators as registers allow.
-  static constexpr int group = logarithmic || strips > 4 ? 4 : 8;
+  static constexpr int group = (logarithmic ? 48 : 128) / width;
   static_assert(resident % batch == 0, "sweep takes the resident rows in batches");
 
  public:
@@ -169,12 +186,13 @@ class Solver {
         rows_(n_ < begin_ ? 0 : n_ - begin_ < band_ ? n_ - begin_ : band_),
         thread_(threadIdx.x),
         lane_(threadIdx.x % 32),
-        warp_(threadIdx.x / 32) {}
+        warp_(threadIdx.x / 32),
+        similarity_(in.problems.similarity + in.problems.offsets[q_] + int64_t{begin_} * ld_),
+        history_(in.history ? in.history + blockIdx.x / in.cluster * in.history_size : nullptr) {}
 
   __device__ __forceinline__ void run() {
     const bool small = n_ <= in_.problems.small_n && m_ <= in_.problems.small_m;
     if (n_ == 0 || m_ == 0 || small) return;
-    take();
     prepare();
     iterate();
     double gradient[owned];
@@ -188,36 +206,52 @@ class Solver {
   }
 
  private:
-  __device__ __forceinline__ void take() {
-    double* wide = reinterpret_cast<double*>(shared_memory());
-    const auto cut = [](auto*& at, int64_t count) { return (at += count) - count; };
-    parts_ = cut(wide, warps * ld_);
-    own_ = cut(wide, 2 * ld_);
-    direction_ = cut(wide, ld_);
-    mean_ = cut(wide, band_);
-    mass_ = cut(wide, band_);
-    slots_ = cut(wide, 2 * warps);
-    loss_ = cut(wide, 2);
-    float* narrow = reinterpret_cast<float*>(wide);
-    columns_ = cut(narrow, 3 * ld_);
-    z_ = cut(narrow, ld_);
-    row_ring_ = cut(narrow, 3 * band_);
-    x_ = cut(narrow, 2 * band_);
-    top_ = cut(narrow, band_);
-    inverse_total_ = cut(narrow, band_);
-    least_ = cut(narrow, band_);
-    argmax_ = reinterpret_cast<int*>(cut(narrow, band_));
-    matrix_ = narrow;
-    if (in_.history) history_ = in_.history + blockIdx.x / in_.cluster * in_.history_size;
-    similarity_ = in_.problems.similarity + in_.problems.offsets[q_] + int64_t{begin_} * ld_;
+  // Shared memory: sums of warps, then arrays of ld_ columns, then of band_ rows, then the matrix.
+  // An address is made where it is needed: kept in registers, they would not leave enough of them.
+  __device__ __forceinline__ float* cut(int columns, int rows) const {
+    return reinterpret_cast<float*>(shared_memory()) + fixed_size(warps) + columns * ld_ +
+           rows * band_;
+  }
+  static constexpr int all = column_arrays(warps);
+  __device__ __forceinline__ double* slots() const {  // two sets, and the block's loss
+    return reinterpret_cast<double*>(shared_memory());
+  }
+  __device__ __forceinline__ double* block_loss() const { return slots() + 2 * warps; }
+  template <class Real>
+  __device__ __forceinline__ Real* of_warp() const {
+    return reinterpret_cast<Real*>(cut(0, 0)) + warp_ * ld_;
+  }
+  __device__ __forceinline__ void* own() const { return cut(2 * (warps + parity_), 0); }
+  __device__ __forceinline__ double* shared_direction() const {
+    return reinterpret_cast<double*>(cut(2 * warps + 4, 0));
+  }
+  // u_k and v_k: the last three of them are on the chip.
+  __device__ __forceinline__ float* columns_at(int k) const { return cut(2 * warps + 6 + k % 3, 0); }
+  __device__ __forceinline__ float* rows_at(int k) const { return cut(all, 4 + k % 3); }
+  __device__ __forceinline__ float* z_now() const { return cut(2 * warps + 9, 0); }
+  __device__ __forceinline__ float* x_at(int k) const { return cut(all, 7 + k % 2); }
+  __device__ __forceinline__ double* mean_cost() const {
+    return reinterpret_cast<double*>(cut(all, 0));
+  }
+  __device__ __forceinline__ double* row_mass() const {
+    return reinterpret_cast<double*>(cut(all, 2));
+  }
+  __device__ __forceinline__ float* largest() const { return cut(all, 9); }
+  __device__ __forceinline__ float* inverse_total() const { return cut(all, 10); }
+  __device__ __forceinline__ float* least() const { return cut(all, 11); }
+  __device__ __forceinline__ int* argmax() const {
+    return reinterpret_cast<int*>(cut(all, 12));
+  }
+  __device__ __forceinline__ float* matrix() const { return cut(all, row_arrays); }
+
+  // Addresses and comparisons are made again from here on: the compiler would keep hundreds of them
+  // in registers, where the matrix is.
+  __device__ __forceinline__ void forget() {
+    opaque(m_), opaque(ld_), opaque(band_), opaque(thread_), opaque(lane_), opaque(warp_);
   }
 
   __device__ __forceinline__ int row_of(int position) const { return position * warps + warp_; }
   __device__ __forceinline__ int column(int c) const { return 4 * lane_ + 128 * (c / 4) + c % 4; }
-
-  // u_k and v_k: the last three of them are on the chip.
-  __device__ __forceinline__ float* rows_at(int k) const { return row_ring_ + k % 3 * band_; }
-  __device__ __forceinline__ float* columns_at(int k) const { return columns_ + k % 3 * ld_; }
 
   // Iteration k's u (1: x) of the band, and v (1: z): history, in global memory.
   __device__ __forceinline__ float* row_history(int k, int which) const {
@@ -245,13 +279,25 @@ class Solver {
       copy_async(columns_at(k) + j, column_history(k, 0) + j);
   }
 
+  // The lane's columns of a strip.
+  template <class Real>
+  __device__ __forceinline__ Quad<Real> strip(const Real* from, int s, Real beyond = {}) const {
+    const int j = column(4 * s);
+    if (j < ld_) return *reinterpret_cast<const Quad<Real>*>(from + j);
+    return {beyond, beyond, beyond, beyond};
+  }
+
+  template <class Real>
+  __device__ __forceinline__ void set_strip(Real* to, int s, Quad<Real> four) const {
+    const int j = column(4 * s);
+    if (j < ld_) *reinterpret_cast<Quad<Real>*>(to + j) = four;
+  }
+
   template <class Real>
   __device__ __forceinline__ void load(Real (&to)[width], const Real* from, Real beyond = 0) const {
 #pragma unroll
     for (int s = 0; s < strips; ++s) {
-      Quad<Real> four{beyond, beyond, beyond, beyond};
-      const int j = column(4 * s);
-      if (j < ld_) four = *reinterpret_cast<const Quad<Real>*>(from + j);
+      const Quad<Real> four = strip(from, s, beyond);
 #pragma unroll
       for (int e = 0; e < 4; ++e) to[4 * s + e] = four.at[e];
     }
@@ -260,12 +306,8 @@ class Solver {
   template <class Real>
   __device__ __forceinline__ void store(Real* to, const Real (&from)[width]) const {
 #pragma unroll
-    for (int s = 0; s < strips; ++s) {
-      const int j = column(4 * s);
-      if (j < ld_)
-        *reinterpret_cast<Quad<Real>*>(to + j) = {from[4 * s], from[4 * s + 1], from[4 * s + 2],
-                                                  from[4 * s + 3]};
-    }
+    for (int s = 0; s < strips; ++s)
+      set_strip(to, s, Quad<Real>{from[4 * s], from[4 * s + 1], from[4 * s + 2], from[4 * s + 3]});
   }
 
   // An array in registers takes no index that is known only when it runs.
@@ -292,14 +334,14 @@ class Solver {
 
   template <class Real>
   __device__ __forceinline__ Real block_sum(Real value) {
-    Real* slots = reinterpret_cast<Real*>(slots_ + flip_ * warps);
+    Real* sums = reinterpret_cast<Real*>(slots() + flip_ * warps);
     flip_ ^= 1;
     value = warp_sum(value);
-    if (lane_ == 0) slots[warp_] = value;
+    if (lane_ == 0) sums[warp_] = value;
     __syncthreads();
-    Real total = slots[0];
+    Real total = sums[0];
 #pragma unroll
-    for (int w = 1; w < warps; ++w) total += slots[w];
+    for (int w = 1; w < warps; ++w) total += sums[w];
     return total;
   }
 
@@ -308,16 +350,23 @@ class Solver {
   // one cluster barrier is enough.
   template <class Real, class Combine, class Use>
   __device__ __forceinline__ void exchange(const Real (&sums)[width], Combine combine, Use use) {
-    Real* parts = reinterpret_cast<Real*>(parts_);
-    Real* own = reinterpret_cast<Real*>(own_ + parity_ * ld_);
+    store(of_warp<Real>(), sums);
+    exchange<Real>(combine, use);
+  }
+
+  // The same of what the warps left in of_warp().
+  template <class Real, class Combine, class Use>
+  __device__ __forceinline__ void exchange(Combine combine, Use use) {
+    forget();
+    const Real* of_warps = of_warp<Real>() - warp_ * ld_;
+    Real* mine = static_cast<Real*>(own());
     parity_ ^= 1;
-    store(parts + warp_ * ld_, sums);
     __syncthreads();
     for (int j = thread_; j < ld_; j += threads) {
-      Real total = parts[j];
+      Real total = of_warps[j];
 #pragma unroll
-      for (int w = 1; w < warps; ++w) total = combine(total, parts[w * ld_ + j]);
-      own[j] = total;
+      for (int w = 1; w < warps; ++w) total = combine(total, of_warps[w * ld_ + j]);
+      mine[j] = total;
     }
     cluster_barrier();
 #pragma unroll
@@ -327,7 +376,7 @@ class Solver {
       Real from[largest_cluster];
 #pragma unroll
       for (int r = 0; r < largest_cluster; ++r)
-        if (r < in_.cluster) from[r] = *of_block(own + j, r);
+        if (r < in_.cluster) from[r] = of_block(mine + j, r);
       Real total = from[0];
 #pragma unroll
       for (int r = 1; r < largest_cluster; ++r)
@@ -341,7 +390,7 @@ class Solver {
   // Each row's maximum, sum and argmax, from which p is made again where it is needed, and E.
   __device__ __forceinline__ void prepare() {
     for (int j = thread_; j < ld_; j += threads)
-      columns_[j] = columns_[ld_ + j] = columns_[2 * ld_ + j] = z_[j] = 0;
+      columns_at(0)[j] = columns_at(1)[j] = columns_at(2)[j] = z_now()[j] = 0;
     for (int position = 0; row_of(position) < rows_; ++position) {
       const int i = row_of(position);
       float s[width], top = -INFINITY, not_finite = 0;
@@ -365,10 +414,10 @@ class Solver {
         if (column(c) < m_ && column(c) != at) rest += expf(s[c] - top);
       rest = warp_sum(rest);
       if (lane_ == 0) {
-        top_[i] = top;
-        inverse_total_[i] = 1 / (1 + rest);
-        least_[i] = rest / (1 + rest);
-        argmax_[i] = at;
+        largest()[i] = top;
+        inverse_total()[i] = 1 / (1 + rest);
+        least()[i] = rest / (1 + rest);
+        argmax()[i] = at;
       }
       __syncwarp();
       float e[width];
@@ -382,22 +431,22 @@ class Solver {
   }
 
   __device__ __forceinline__ float* matrix_row(int position) const {
-    return matrix_ + (row_of(position) - resident * warps) * ld_;
+    return matrix() + (row_of(position) - resident * warps) * ld_;
   }
 
   __device__ __forceinline__ void probabilities(float (&p)[width], int i) const {
     load(p, similarity_ + int64_t{i} * ld_);
 #pragma unroll
     for (int c = 0; c < width; ++c) {
-      const float off_argmax = expf(p[c] - top_[i]) * inverse_total_[i];
-      p[c] = column(c) >= m_ ? 0 : column(c) == argmax_[i] ? 1 - least_[i] : off_argmax;
+      const float off_argmax = expf(p[c] - largest()[i]) * inverse_total()[i];
+      p[c] = column(c) >= m_ ? 0 : column(c) == argmax()[i] ? 1 - least()[i] : off_argmax;
     }
   }
 
   // 1 - p, which cancels at the row's argmax.
   template <class Real>
   __device__ __forceinline__ Real cost(float p, int c, int i) const {
-    return column(c) == argmax_[i] ? Real(least_[i]) : Real(1) - p;
+    return column(c) == argmax()[i] ? Real(least()[i]) : Real(1) - p;
   }
 
   // E as it is kept, in logarithms its exponent.
@@ -413,9 +462,10 @@ class Solver {
 
   // body(i, E's row i) for the warp's rows.
   template <class Body>
-  __device__ __forceinline__ void for_rows(Body body) const {
+  __device__ __forceinline__ void for_rows(Body body) {
 #pragma unroll 1
     for (int position = 0; row_of(position) < rows_; ++position) {
+      forget();
       float e[width];
       if (position < resident) copy_row(e, resident_, position);
       else load(e, matrix_row(position), logarithmic ? never : 0);
@@ -430,21 +480,26 @@ class Solver {
   template <class Row, class Keep>
   __device__ __forceinline__ void sweep(float (&sums)[width], const float* u, const float* v,
                                         Row row, Keep keep) {
-    float by[width];
-    load(by, v);
+    forget();
 #pragma unroll
     for (int c = 0; c < width; ++c) sums[c] = 0;
     if constexpr (logarithmic) {
       for_rows([&](int i, const float(&e)[width]) {
         float t[width], mass = 0;
 #pragma unroll
-        for (int c = 0; c < width; ++c) mass += t[c] = plan(e[c], u[i], by[c]);
+        for (int s = 0; s < strips; ++s) {
+          const auto by = strip(v, s);
+#pragma unroll
+          for (int j = 0, c = 4 * s; j < 4; ++j, ++c) mass += t[c] = plan(e[c], u[i], by.at[j]);
+        }
         const float value = row(i, warp_sum(mass));
         if (lane_ == 0) keep(i, value);
 #pragma unroll
         for (int c = 0; c < width; ++c) sums[c] += value * t[c];
       });
     } else {
+      float by[width];
+      load(by, v);
       const auto take_batch = [&](const float(*e)[width], int position) {
         float dot[batch];
 #pragma unroll
@@ -542,64 +597,88 @@ class Solver {
     }
   }
 
+  // Sums of 8 bytes a column have their place in shared memory, where `exchange` takes them from.
+  __device__ __forceinline__ void clear_sums() const {
+#pragma unroll
+    for (int s = 0; s < strips; ++s) set_strip(of_warp<double>(), s, Quad<double>{});
+  }
+
   // The loss; the rows' mass T 1 and mean cost W 1 / T 1, and the column sums of T * (C - the row's
   // mean): T's rows sum to 1/N but for rounding, and C - mean cancels where a row goes to one column.
   __device__ __forceinline__ void finish(double (&gradient)[owned]) {
-    double sums[width] = {}, loss = 0;
-    float v[width];
-    load(v, columns_at(iterations_));
+    double loss = 0;
+    clear_sums();
     for (int position = 0; row_of(position) < rows_; ++position) {
+      forget();
       const int i = row_of(position);
       const float u = rows_at(iterations_)[i];
       float p[width], t[width];
       probabilities(p, i);
       double weighted = 0, mass = 0;
 #pragma unroll
-      for (int c = 0; c < width; ++c) {
-        t[c] = plan(stored(p[c], c, i), u, v[c]);
-        weighted += t[c] * cost<double>(p[c], c, i);
-        mass += t[c];
+      for (int s = 0; s < strips; ++s) {
+        const auto v = strip(columns_at(iterations_), s);
+#pragma unroll
+        for (int j = 0, c = 4 * s; j < 4; ++j, ++c) {
+          t[c] = plan(stored(p[c], c, i), u, v.at[j]);
+          weighted += t[c] * cost<double>(p[c], c, i);
+          mass += t[c];
+        }
       }
       weighted = warp_sum(weighted), mass = warp_sum(mass);
       const double mean = weighted / mass;
       loss += weighted;
-      if (lane_ == 0) mean_[i] = mean, mass_[i] = mass;
+      if (lane_ == 0) mean_cost()[i] = mean, row_mass()[i] = mass;
 #pragma unroll
-      for (int c = 0; c < width; ++c) sums[c] += t[c] * (cost<double>(p[c], c, i) - mean);
+      for (int s = 0; s < strips; ++s) {
+        auto sum = strip(of_warp<double>(), s);
+#pragma unroll
+        for (int j = 0, c = 4 * s; j < 4; ++j, ++c)
+          sum.at[j] += t[c] * (cost<double>(p[c], c, i) - mean);
+        set_strip(of_warp<double>(), s, sum);
+      }
     }
     loss = block_sum(lane_ == 0 ? loss : 0);
-    if (thread_ == 0) *loss_ = loss;
-    exchange(sums, Plus(), [&](int o, int, double sum) { gradient[o] = sum; });
+    if (thread_ == 0) *block_loss() = loss;
+    exchange<double>(Plus(), [&](int o, int, double sum) { gradient[o] = sum; });
     if (rank_ == 0 && thread_ == 0) {
-      for (int r = 1; r < in_.cluster; ++r) loss += *of_block(loss_, r);
+      for (int r = 1; r < in_.cluster; ++r) loss += of_block(block_loss(), r);
       in_.results.loss[q_] = static_cast<float>(loss);
     }
   }
 
   // ---- the gradient through the iterations
 
-  // sums = column sums of x_i t_i, t = T^(k) = 2^(E + u_k + v_k) and x_i = -(t_i . z) / (t_i . 1),
+  // of_warp() = column sums of x_i t_i, t = T^(k) = 2^(E + u_k + v_k) and x_i = -(t_i . z) / (t_i . 1),
   // and of T^(k-1), by which the next step divides: its sums are 1/M only but for the rounding of u
   // and v, which 1/epsilon magnifies.
-  __device__ __forceinline__ void reverse_sweep(Pair (&sums)[width], int k, float* x) {
+  __device__ __forceinline__ void reverse_sweep(int k, float* x) {
+    clear_sums();
     const float *u = rows_at(k), *u_before = rows_at(k - 1);
     for_rows([&](int i, const float(&e)[width]) {
-      float t[width], dot = 0, mass = 0, v[width], z[width];
-      load(v, columns_at(k));
-      load(z, z_);
+      float t[width], dot = 0, mass = 0;
 #pragma unroll
-      for (int c = 0; c < width; ++c) {
-        t[c] = plan(e[c], u[i], v[c]);
-        dot += t[c] * z[c];
-        mass += t[c];
+      for (int s = 0; s < strips; ++s) {
+        const auto v = strip(columns_at(k), s), z = strip(z_now(), s);
+#pragma unroll
+        for (int j = 0, c = 4 * s; j < 4; ++j, ++c) {
+          t[c] = plan(e[c], u[i], v.at[j]);
+          dot += t[c] * z.at[j];
+          mass += t[c];
+        }
       }
       const float value = -warp_sum(dot) / warp_sum(mass);
       if (lane_ == 0) x[i] = value;
-      load(v, columns_at(k - 1));
 #pragma unroll
-      for (int c = 0; c < width; ++c) {
-        sums[c].first += value * t[c];
-        sums[c].second += plan(e[c], u_before[i], v[c]);
+      for (int s = 0; s < strips; ++s) {
+        const auto v_before = strip(columns_at(k - 1), s);
+        auto sum = strip(of_warp<Pair>(), s);
+#pragma unroll
+        for (int j = 0, c = 4 * s; j < 4; ++j, ++c) {
+          sum.at[j].first += value * t[c];
+          sum.at[j].second += plan(e[c], u_before[i], v_before.at[j]);
+        }
+        set_strip(of_warp<Pair>(), s, sum);
       }
     });
   }
@@ -629,18 +708,17 @@ class Solver {
         if (j >= ld_) continue;
         const float z = logarithmic ? gradient[o] / mass[o]
                                     : gradient[o] * columns_at(k + 1)[j] * columns;
-        z_[j] = j < m_ ? z : 0;
-        if (rank_ == 0) column_history(k, 1)[j] = z_[j];
+        z_now()[j] = j < m_ ? z : 0;
+        if (rank_ == 0) column_history(k, 1)[j] = z_now()[j];
       }
       copies_done();
       __syncthreads();
       if (k == 0) return;
       fetch(k - 2);
-      float* x = x_ + k % 2 * band_;
+      float* x = x_at(k);
       if constexpr (logarithmic) {
-        Pair sums[width] = {};
-        reverse_sweep(sums, k, x);
-        exchange(sums, Plus(), [&](int o, int, Pair sum) {
+        reverse_sweep(k, x);
+        exchange<Pair>(Plus(), [&](int o, int, Pair sum) {
           gradient[o] = -sum.first;
           mass[o] = sum.second;
         });
@@ -648,7 +726,7 @@ class Solver {
         float sums[width];
         const float* u = rows_at(k);
         sweep(
-            sums, nullptr, z_, [&](int i, float sum) { return -u[i] * sum * u[i] * rows; },
+            sums, nullptr, z_now(), [&](int i, float sum) { return -u[i] * sum * u[i] * rows; },
             [&](int i, float value) { x[i] = value; });
         exchange(sums, Plus(),
                  [&](int o, int j, float sum) { gradient[o] = -columns_at(k)[j] * sum; });
@@ -659,30 +737,37 @@ class Solver {
 
   // ---- the gradient at the fixed point
 
-  // sums = sum over the warp's rows of row(i, T_i . d) T_i.
+  // of_warp() = sum over the warp's rows of row(i, T_i . d) T_i.
   template <class Row>
-  __device__ __forceinline__ void sweep_plan(double (&sums)[width], Row row) const {
-#pragma unroll
-    for (int c = 0; c < width; ++c) sums[c] = 0;
+  __device__ __forceinline__ void sweep_plan(Row row) {
+    clear_sums();
     for_rows([&](int i, const float(&e)[width]) {
       const float u = rows_at(iterations_)[i];
-      float v[width], t[width];
-      double d[width], dot = 0;
-      load(v, columns_at(iterations_));
-      load(d, direction_);
+      float t[width];
+      double dot = 0;
 #pragma unroll
-      for (int c = 0; c < width; ++c) {
-        t[c] = plan(e[c], u, v[c]);
-        dot += t[c] * d[c];
+      for (int s = 0; s < strips; ++s) {
+        const auto v = strip(columns_at(iterations_), s);
+        const auto d = strip(shared_direction(), s);
+#pragma unroll
+        for (int j = 0, c = 4 * s; j < 4; ++j, ++c) {
+          t[c] = plan(e[c], u, v.at[j]);
+          dot += t[c] * d.at[j];
+        }
       }
       const double value = row(i, warp_sum(dot));
 #pragma unroll
-      for (int c = 0; c < width; ++c) sums[c] += value * t[c];
+      for (int s = 0; s < strips; ++s) {
+        auto sum = strip(of_warp<double>(), s);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum.at[j] += value * t[4 * s + j];
+        set_strip(of_warp<double>(), s, sum);
+      }
     });
   }
 
   // Conjugate gradients, preconditioned by diag(c), for (diag(c) - T^T diag(1/r) T) w = residual, r
-  // and c the plan's own sums; w is left in direction_. In double: the system is singular along the
+  // and c the plan's own sums; w is left in shared_direction(). In double: the system is singular along the
   // constants and nearly so wherever the plan falls into blocks, which float does not survive.
   __device__ __forceinline__ void solve_fixed_point(double (&residual)[owned]) {
     double c[owned] = {}, w[owned] = {}, direction[owned] = {}, product[owned] = {};
@@ -703,15 +788,14 @@ class Solver {
         for (int o = 0; o < owned; ++o) {
           const int j = thread_ + o * threads;
           direction[o] = beta * direction[o] + (c[o] > 0 ? residual[o] / c[o] : 0);
-          if (j < ld_) direction_[j] = direction[o];
+          if (j < ld_) shared_direction()[j] = direction[o];
         }
       }
       __syncthreads();
-      double sums[width];
-      sweep_plan(sums, [&](int i, double dot) {
-        return step < 0 ? 1 : mass_[i] > 0 ? dot / mass_[i] : 0;  // first the column sums
+      sweep_plan([&](int i, double dot) {
+        return step < 0 ? 1 : row_mass()[i] > 0 ? dot / row_mass()[i] : 0;  // first the column sums
       });
-      exchange(sums, Plus(), [&](int o, int, double sum) { product[o] = sum; });
+      exchange<double>(Plus(), [&](int o, int, double sum) { product[o] = sum; });
       if (step < 0) {
         double excess = 0, mass = 0;
 #pragma unroll
@@ -742,7 +826,7 @@ class Solver {
     }
 #pragma unroll
     for (int o = 0; o < owned; ++o)
-      if (thread_ + o * threads < ld_) direction_[thread_ + o * threads] = w[o];
+      if (thread_ + o * threads < ld_) shared_direction()[thread_ + o * threads] = w[o];
     __syncthreads();
   }
 
@@ -772,10 +856,11 @@ class Solver {
   // correction = sum_k x_k v_k^T + u_k z_k^T for rows begin .. begin + group - 1, all warps staging;
   // in logarithms sum_k T^(k) * (x_k 1^T + 1 z_k^T).
   __device__ __forceinline__ void correct(float (&correction)[group][width], int begin) {
-    const int64_t used = matrix_ - reinterpret_cast<float*>(parts_);
-    const int chunk = (in_.shared_bytes / 4 - used) / (2 * (ld_ + band_));
-    float* column_stage = matrix_;
-    float* row_stage = matrix_ + 2 * chunk * ld_;
+    forget();
+    const int64_t used = matrix() - reinterpret_cast<float*>(shared_memory());
+    const int chunk = (in_.shared_bytes / 4 - used - group) / (2 * (ld_ + band_));
+    float* column_stage = matrix();
+    float* row_stage = matrix() + 2 * chunk * ld_;
     float e[logarithmic ? group : 1][width];
     if constexpr (logarithmic) {
 #pragma unroll 1
@@ -804,22 +889,14 @@ class Solver {
         float v[width], z[width];
         load(v, column_stage + 2 * k * ld_);
         load(z, column_stage + (2 * k + 1) * ld_);
+        const float *u = row_stage + 2 * k * band_ + begin, *x = u + band_;
 #pragma unroll
-        for (int g = 0; g < group; g += 4) {
-          const float* from = row_stage + 2 * k * band_ + begin + g;
-          if (begin + g >= rows_) continue;
-          const auto u = *reinterpret_cast<const Quad<float>*>(from);
-          const auto x = *reinterpret_cast<const Quad<float>*>(from + band_);
+        for (int r = 0; r < group; ++r) {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-#pragma unroll
-            for (int c = 0; c < width; ++c) {
-              float& to = correction[g + r][c];
-              if (logarithmic)
-                to += power_of_2(e[logarithmic ? g + r : 0][c] + u.at[r] + v[c]) *
-                      (x.at[r] + z[c]);
-              else to += x.at[r] * v[c], to += u.at[r] * z[c];
-            }
+          for (int c = 0; c < width; ++c) {
+            float& to = correction[r][c];
+            if constexpr (logarithmic) to += plan(e[r][c], u[r], v[c]) * (x[r] + z[c]);
+            else to += x[r] * v[c], to += u[r] * z[c];
           }
         }
       }
@@ -828,33 +905,41 @@ class Solver {
 
   // dL/dS of row i, given its matrix part.
   __device__ __forceinline__ void finish_row(int i, float (&slope)[width]) {
+    forget();
     const float u = rows_at(iterations_)[i], inverse_epsilon = in_.inverse_epsilon;
-    float p[width], v[width];
+    float p[width], at_argmax = 0;
     probabilities(p, i);
-    load(v, columns_at(iterations_));
-    double mean = mean_[i], w[width];
+    double mean = mean_cost()[i];
     if (in_.gradient == Gradient::implicit) {
-      load(w, direction_);
       double dot = 0;
 #pragma unroll
-      for (int c = 0; c < width; ++c) dot += plan(stored(p[c], c, i), u, v[c]) * w[c];
-      mean -= warp_sum(dot) / mass_[i];
-    }
-    float at_argmax = 0;
+      for (int s = 0; s < strips; ++s) {
+        const auto v = strip(columns_at(iterations_), s);
+        const auto w = strip(shared_direction(), s);
 #pragma unroll
-    for (int c = 0; c < width; ++c) {
-      const float e = stored(p[c], c, i), t = plan(e, u, v[c]);
-      const double above_mean = cost<double>(p[c], c, i) - mean;
-      if (in_.gradient == Gradient::detached) {
-        slope[c] = -t;
-      } else if (in_.gradient == Gradient::implicit) {
-        slope[c] = static_cast<float>(t * ((above_mean - w[c]) * inverse_epsilon - 1));
-      } else {
-        const float corrected = logarithmic ? slope[c] : slope[c] * e;
-        slope[c] = (t * static_cast<float>(above_mean) - corrected) * inverse_epsilon - t;
+        for (int j = 0, c = 4 * s; j < 4; ++j, ++c)
+          dot += plan(stored(p[c], c, i), u, v.at[j]) * w.at[j];
       }
-      if (column(c) >= m_) slope[c] = 0;
-      if (column(c) == argmax_[i]) at_argmax = slope[c];
+      mean -= warp_sum(dot) / row_mass()[i];
+    }
+#pragma unroll
+    for (int s = 0; s < strips; ++s) {
+      const auto v = strip(columns_at(iterations_), s);
+      Quad<double> w{};
+      if (in_.gradient == Gradient::implicit) w = strip(shared_direction(), s);
+#pragma unroll
+      for (int j = 0, c = 4 * s; j < 4; ++j, ++c) {
+        const float e = stored(p[c], c, i), t = plan(e, u, v.at[j]);
+        const double slack = cost<double>(p[c], c, i) - mean - w.at[j];
+        if (in_.gradient == Gradient::detached) {
+          slope[c] = -t;
+        } else {
+          const float corrected = logarithmic ? slope[c] : slope[c] * e;
+          slope[c] = (t * static_cast<float>(slack) - corrected) * inverse_epsilon - t;
+        }
+        if (column(c) >= m_) slope[c] = 0;
+        if (column(c) == argmax()[i]) at_argmax = slope[c];
+      }
     }
     at_argmax = warp_sum(at_argmax);
     // Relative to the argmax, whose own p is all but 1 where the softmax saturates.
@@ -869,12 +954,13 @@ class Solver {
   }
 
   const Launch& in_;
-  const int q_, n_, m_, ld_, band_, rank_, begin_, rows_, thread_, lane_, warp_;
+  const int q_, n_;
+  int m_, ld_, band_;
+  const int rank_, begin_, rows_;
+  int thread_, lane_, warp_;
   int iterations_ = 0, parity_ = 0, flip_ = 0;
-  double *parts_, *own_, *direction_, *mean_, *mass_, *slots_, *loss_;
-  float *columns_, *z_, *row_ring_, *x_, *top_, *inverse_total_, *least_, *matrix_;
-  float *similarity_, *history_ = nullptr;
-  int* argmax_;
+  float* const similarity_;  // of the band
+  float* const history_;     // of the problem, null without
   float resident_[resident][width] = {};
 };
 
@@ -900,7 +986,7 @@ constexpr Configuration configuration{128 * strips, resident,
                                       sinkhorn_cluster<false, strips, warps, resident>,
                                       sinkhorn_cluster<true, strips, warps, resident>};
 
-const Configuration configurations[] = {configuration<2, 16>, configuration<4, 8>,
+const Configuration configurations[] = {configuration<2, 12>, configuration<4, 6>,
                                         configuration<6, 4>};
 
 struct Choice {

@@ -165,11 +165,12 @@ inline char* shared_memory() {
 }
 inline void cluster_barrier() { emulation::wait(emulation::cluster); }
 template <class T>
-T* of_block(T* mine, int rank) {
-  const int64_t offset = reinterpret_cast<char*>(mine) - shared_memory();
-  return reinterpret_cast<T*>(reinterpret_cast<char*>(emulation::blocks[rank].memory.data()) +
-                              offset);
+T of_block(const T* mine, int rank) {
+  const int64_t offset = reinterpret_cast<const char*>(mine) - shared_memory();
+  const char* memory = reinterpret_cast<const char*>(emulation::blocks[rank].memory.data());
+  return *reinterpret_cast<const T*>(memory + offset);
 }
+inline void opaque(int&) {}
 inline float power_of_2(float x) { return std::exp2(x); }
 inline void copy_async(float* shared, const float* global) { std::memcpy(shared, global, 16); }
 inline void copies_done() {}
