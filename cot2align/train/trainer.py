@@ -463,12 +463,13 @@ class DistillTrainer(Trainer):
         total = super()._get_grad_norm(model, grad_norm)
         if total is not None and self._next_step_is_logged():
             groups = {
-                "student": self.model.student.parameters(),
-                "projections": self.model.projection_parameters().values(),
+                "student": [*self.model.student.parameters()],
+                "projections": [*self.model.projection_parameters().values()],
             }
             norms = {
                 name: get_total_norm([p.grad for p in parameters if p.grad is not None])
                 for name, parameters in groups.items()
+                if parameters
             }
             # Clipping has scaled all of them, `total` is the norm from before it.
             clipped = torch.stack([*norms.values()]).norm().clamp(min=torch.finfo().tiny)
