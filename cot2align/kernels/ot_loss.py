@@ -17,8 +17,6 @@ tensor cores; sums, similarities and all of the iterations are float32 there too
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import math
 import warnings
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cot2align.kernels import native, reference
+from cot2align.kernels import backends, native, reference
 from cot2align.kernels.reference import REDUCTIONS, OTPlan, OTSettings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,7 +75,8 @@ def fused_ot_loss(
     _check_masks(student, teacher, student_mask, teacher_mask)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    backend = choose_backend(settings.backend, student, teacher, projection)
+    bounds = (student.shape[1], teacher.shape[1])
+    backend = choose_backend(settings.backend, student, teacher, projection, bounds=bounds)
     if backend == "reference":
         return reference.fused_ot_loss(
             student,
@@ -100,8 +99,7 @@ def fused_ot_loss(
         weights = None
         if reduction != "none":
             weights = _reduction_weights(segments_x[:, 1], segments_y[:, 1], reduction)
-        longest_x, longest_y = student.shape[1], teacher.shape[1]
-        sizes = _Sizes(longest_x, longest_y, batch * longest_x * _padded(longest_y))
+        sizes = _Sizes(*bounds, batch * bounds[0] * _padded(bounds[1]))
         packed = (x, y, projection, segments_x, segments_y, pairs, weights)
         terms = _solve(*packed, sizes, settings, backend)
     return terms.loss if weights is None else terms.total
@@ -271,60 +269,46 @@ class OTLoss(nn.Module):
         return f"{teacher_dim} -> {student_dim}, {self.settings}, reduction={self.reduction!r}"
 
 
-def backend_for(device_type: str) -> tuple[str, str]:
-    """The backend that `backend=None` means on a device, and why."""
-    if device_type == "cpu":
-        missing = native.missing()
-        if missing is None:
-            return "native", f"compiled, {native.INSTRUCTION_SETS[0]} on this CPU"
-        return "reference", missing
-    if device_type == "cuda" and _has_triton():
-        return "triton", "compiled for the device when first used"
-    if device_type == "cuda":
-        return "reference", "Triton is not installed"
-    return "reference", f"there is no kernel for {device_type} tensors in this version"
+def choose_backend(
+    wanted: str | None, *tensors: Tensor | None, bounds: tuple[int, int] = (1, 1)
+) -> str:
+    """The backend that serves the tensors, for problems of up to bounds[0] x bounds[1] tokens;
+    "triton+cuda": Triton for the problems that one launch holds, CUDA for the others.
 
-
-def choose_backend(wanted: str | None, *tensors: Tensor | None) -> str:
-    """The backend that serves the tensors; ValueError or TypeError where the wanted one cannot."""
+    Raises ValueError or TypeError where the wanted one cannot.
+    """
     if wanted == "reference":
         return wanted
-    device_type = next(t for t in tensors if t is not None).device.type
-    default, why = backend_for(device_type)
     if any(t is not None and t.dtype == torch.float64 for t in tensors):
         if wanted is None:
             return "reference"
         raise TypeError(f"backend {wanted!r} takes float32, bfloat16 and float16, got float64")
+    device = backends.Device.of(next(t for t in tensors if t is not None).device)
     if wanted is None:
-        if default == "reference":
-            _warn_of_reference(device_type, why)
-        return default
-    if wanted == "triton" and device_type == "cpu" and _has_triton():
-        from cot2align.kernels import triton_sinkhorn
-
-        if triton_sinkhorn.INTERPRETED:
-            return wanted
-        why = "it takes CUDA tensors, and others under TRITON_INTERPRET=1, set before the import"
-    if wanted != default:
-        reason = "it takes CPU tensors" if wanted == "native" and device_type != "cpu" else why
+        chosen = backends.choose(device, *bounds)
+        if chosen.backend == "reference":
+            _warn_of_reference(device, bounds)
+        return "triton+cuda" if chosen.backend == "cuda" else chosen.backend
+    if why := backends.refusal(wanted, device, *bounds):
+        able = ", ".join(repr(c.backend) for c in backends.candidates(device, *bounds) if c.serves)
         raise ValueError(
-            f"backend {wanted!r} cannot serve {device_type} tensors ({reason}); {default!r} can"
+            f"backend {wanted!r} cannot serve {device.type} tensors of up to "
+            f"{bounds[0]} x {bounds[1]} tokens ({why}); {able} can"
         )
     return wanted
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 _warned: set[str] = set()
 
 
-def _warn_of_reference(device_type: str, why: str) -> None:
-    if device_type not in _warned:
-        _warned.add(device_type)
-        warnings.warn(f"cot2align: the slow reference serves {device_type}: {why}", stacklevel=4)
+def _warn_of_reference(device: backends.Device, bounds: tuple[int, int]) -> None:
+    if device.type not in _warned:
+        _warned.add(device.type)
+        faster = [c for c in backends.candidates(device, *bounds) if c.backend != "reference"]
+        why = f"{faster[0].backend}: {faster[0].why}"
+        warnings.warn(
+            f"cot2align: the slow reference serves {device.type} tensors ({why})", stacklevel=4
+        )
 
 
 # ---- checks
@@ -436,7 +420,7 @@ def _check_pairs(
                 f"pairs must name student segments below {segments_x} and teacher segments below "
                 f"{segments_y}, got values from {int(pairs.min())} to {most}"
             )
-    return pairs.to(device=device, dtype=torch.int64).contiguous()
+    return pairs.to(device, torch.int64, non_blocking=True).contiguous()
 
 
 # ---- packing
@@ -477,47 +461,49 @@ def _varlen(
     cu_seqlens: tuple[Tensor, Tensor],
     pairs: Tensor | None,
     weighting: Tensor | str,  # weights [Q], or a reduction
-    bounds: tuple[int | None, int | None],
+    known: tuple[int | None, int | None],
     settings: OTSettings,
 ) -> OTTerms:
     _check_tokens(student, teacher, projection, "[tokens, width]")
-    longest_x = _check_cu_seqlens("cu_seqlens_student", cu_seqlens[0], student, bounds[0])
-    longest_y = _check_cu_seqlens("cu_seqlens_teacher", cu_seqlens[1], teacher, bounds[1])
+    longest_x = _check_cu_seqlens("cu_seqlens_student", cu_seqlens[0], student, known[0])
+    longest_y = _check_cu_seqlens("cu_seqlens_teacher", cu_seqlens[1], teacher, known[1])
     device = student.device
     chosen = _check_pairs(pairs, len(cu_seqlens[0]) - 1, len(cu_seqlens[1]) - 1, device)
     entries = _count_entries(*cu_seqlens, pairs)
     pairs = chosen
     segments_x, segments_y = (
-        torch.stack((cu[:-1], cu.diff()), dim=1).to(device=device, dtype=torch.int64)
+        torch.stack((cu[:-1], cu.diff()), dim=1).to(device, torch.int64, non_blocking=True)
         for cu in cu_seqlens
     )
     weights = None
     if isinstance(weighting, Tensor):
         if weighting.shape != pairs.shape[:1]:
             raise ValueError(f"weights must be [{len(pairs)}], got {list(weighting.shape)}")
-        weights = weighting.detach().to(device=device, dtype=torch.float32).contiguous()
+        weights = weighting.detach().to(device, torch.float32, non_blocking=True).contiguous()
     elif weighting != "none":
         lengths = segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
         weights = _reduction_weights(*lengths, weighting)
     with torch.autocast(device.type, enabled=False):
-        backend = choose_backend(settings.backend, student, teacher, projection)
+        if not student.is_cpu:  # kernels are chosen and launched by the lengths
+            longest_x = _longest(segments_x) if longest_x is None else longest_x
+            longest_y = _longest(segments_y) if longest_y is None else longest_y
+        bounds = longest_x or 0, longest_y or 0
+        backend = choose_backend(settings.backend, student, teacher, projection, bounds=bounds)
         if backend == "reference":
             x, mask_x = _pad(student, segments_x[pairs[:, 0]], longest_x)
             y, mask_y = _pad(teacher, segments_y[pairs[:, 1]], longest_y)
             solved = reference.solve(x, y, projection, mask_x, mask_y, settings)
             total = solved.loss.sum() if weights is None else solved.loss @ weights.to(solved.loss)
             return OTTerms(total, *solved[2:])
-        if backend == "native":  # which takes the lengths from the segments
-            longest_x, longest_y = longest_x or 0, longest_y or 0
-        else:
-            longest_x, longest_y = (
-                int(segments[:, 1].amax()) if longest is None else longest
-                for segments, longest in ((segments_x, longest_x), (segments_y, longest_y))
-            )
         if entries is None:
-            entries = len(pairs) * longest_x * _padded(longest_y)
+            entries = len(pairs) * bounds[0] * _padded(bounds[1])
         packed = (student, teacher, projection, segments_x, segments_y, pairs, weights)
-        return _solve(*packed, _Sizes(longest_x, longest_y, entries), settings, backend)
+        return _solve(*packed, _Sizes(*bounds, entries), settings, backend)
+
+
+def _longest(segments: Tensor) -> int:
+    """Read from the device."""
+    return int(segments[:, 1].amax()) if len(segments) else 0
 
 
 def _pad(tokens: Tensor, segments: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
@@ -526,7 +512,7 @@ def _pad(tokens: Tensor, segments: Tensor, length: int | None) -> tuple[Tensor, 
     Without a bound from the host the longest length is read from the device.
     """
     if length is None:
-        length = int(segments[:, 1].max()) if len(segments) else 0
+        length = _longest(segments)
     step = torch.arange(length, device=tokens.device)
     mask = step < segments[:, 1:]
     index = torch.where(mask, segments[:, :1] + step, len(tokens))
@@ -651,7 +637,14 @@ def _run(
         return native.ot_loss(*problem, **how)
     from cot2align.kernels import triton_sinkhorn
 
-    return triton_sinkhorn.ot_loss(*problem, bounds=bounds, entries=entries, **how)
+    return triton_sinkhorn.ot_loss(
+        *problem,
+        bounds=bounds,
+        entries=entries,
+        core="cuda" if "cuda" in backend else "triton",
+        fused=backend != "cuda",
+        **how,
+    )
 
 
 @torch.library.custom_op("cot2align::ot_loss", mutates_args=())
@@ -758,7 +751,8 @@ class _Project(torch.autograd.Function):
 @torch.library.custom_op("cot2align::matmul", mutates_args=())
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, summed in float32: no TF32, and no 16-bit partial sums, whatever the switches say."""
-    if a.is_cuda and a.dtype != torch.float32 and "dtype" in torch.ops.aten.mm.overloads():
+    mm_takes_dtype = "dtype" in torch.ops.aten.mm.overloads()  # PyTorch 2.8
+    if a.is_cuda and a.dtype != torch.float32 and mm_takes_dtype and a.numel() > 0:
         return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
     with _full_precision():
         return (a.float() @ b.float()).to(dtype)

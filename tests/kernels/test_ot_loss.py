@@ -154,7 +154,7 @@ def test_large_problems_are_split_over_threads():
 lengths = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10 if INTERPRETED else 40, deadline=None)
 @given(
     lengths,
     lengths,
