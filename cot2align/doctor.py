@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -21,10 +22,11 @@ from typing import Any
 import cot2align
 
 Facts = dict[str, Any]
+SIZES = ((64, 64), (128, 128), (512, 512), (4096, 4096))  # of a problem, in tokens
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "tokenizers")
 
 
-def gather() -> Facts:
+def gather(sizes: Sequence[tuple[int, int]] = SIZES) -> Facts:
     """All facts: keys versions, native, torch, cuda, devices, backends, advice."""
     facts: Facts = {
         "versions": {
@@ -36,7 +38,7 @@ def gather() -> Facts:
         "torch": _torch(),
     }
     facts["cuda"], facts["devices"] = _cuda(facts["native"]["build"], facts["torch"])
-    facts["backends"] = backends(facts)
+    facts["backends"] = backends(facts, sizes)
     facts["advice"] = advice(facts)
     return facts
 
@@ -108,23 +110,52 @@ def _cuda_version(number: int) -> str | None:
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
-def backends(facts: Facts) -> list[Facts]:
-    """For the CPU and each CUDA device: the backend that `backend=None` takes there, and why."""
+def backends(facts: Facts, sizes: Sequence[tuple[int, int]] = SIZES) -> list[Facts]:
+    """For each device and size of problem: the backend that `backend=None` takes there and why, and
+    the others in their order, with whether they could serve."""
     seen = {"cpu", *(device["device"] for device in facts["torch"]["devices"])}
+    capabilities = {device["device"]: device["capability"] for device in facts["devices"]}
     chosen = []
-    for device in ("cpu", *(device["device"] for device in facts["devices"])):
+    for device in ("cpu", *capabilities):
+        unusable = None
         if facts["torch"]["error"]:
-            backend, why = "none", "PyTorch does not import"
+            unusable = "PyTorch does not import"
         elif facts["native"]["error"]:
-            backend, why = "none", "the compiled module does not load"
+            unusable = "the compiled module does not load"
         elif device not in seen:
-            backend, why = "none", "PyTorch does not see this device"
-        else:
-            from cot2align.kernels.ot_loss import backend_for
+            unusable = "PyTorch does not see this device"
+        for size in sizes if device != "cpu" and not unusable else sizes[:1]:
+            entry: Facts = {"device": device, "size": None if device == "cpu" else list(size)}
+            if unusable:
+                chosen.append(entry | {"backend": "none", "why": unusable, "others": []})
+                continue
+            from cot2align.kernels.backends import Device, candidates
 
-            backend, why = backend_for(device.split(":")[0])
-        chosen.append({"device": device, "backend": backend, "why": why})
+            major, minor = capabilities.get(device, "0.0").split(".")
+            all_of = candidates(Device(device.split(":")[0], (int(major), int(minor))), *size)
+            first = next(candidate for candidate in all_of if candidate.serves)
+            others = [candidate._asdict() for candidate in all_of if candidate != first]
+            chosen.append(entry | {"backend": first.backend, "why": first.why, "others": others})
     return chosen
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "64x128" -> (64, 128)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 64x128, student x teacher tokens")
+    return int(match[1]), int(match[2])
+
+
+def _backend_lines(entries: list[Facts]) -> list[str]:
+    lines = []
+    for entry in entries:
+        of_size = "any size" if entry["size"] is None else "{}x{}".format(*entry["size"])
+        lines.append(f"{entry['device']:<8} {of_size:<10} {entry['backend']}: {entry['why']}")
+        for other in entry["others"]:
+            place = "then" if other["serves"] else "not"
+            lines.append(f"{'':<19}   {place} {other['backend']}: {other['why']}")
+    return lines
 
 
 def covers(archs: str, capability: str) -> bool:
@@ -215,11 +246,11 @@ def table(facts: Facts) -> str:
         "Built": built,
         "Devices": devices,
         "CUDA": versions_of_cuda,
-        "Backends": {b["device"]: f"{b['backend']}: {b['why']}" for b in facts["backends"]},
     }
     lines = []
     for title, rows in sections.items():
         lines += [title, *(f"  {name:<13} {value}" for name, value in rows.items()), ""]
+    lines += ["Backends", *(f"  {line}" for line in _backend_lines(facts["backends"])), ""]
     lines += ["What to do", *(f"  {line}" for line in facts["advice"] or ["nothing is missing"])]
     return "\n".join(lines)
 
@@ -231,9 +262,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="What is installed, what was built, and which backend each device gets.",
     )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    as_json = parser.parse_args(argv).json
-    facts = gather()
-    print(json.dumps(facts, indent=2) if as_json else table(facts))
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=size,
+        default=SIZES,
+        metavar="NxM",
+        help="sizes of problems, student x teacher tokens, to choose a backend for",
+    )
+    options = parser.parse_args(argv)
+    facts = gather(options.sizes)
+    print(json.dumps(facts, indent=2) if options.json else table(facts))
     return 0
 
 

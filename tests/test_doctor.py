@@ -138,14 +138,38 @@ def test_which_devices_an_architecture_covers(archs: str, capability: str, runs:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, ["native", "triton"]),
+        ({}, ["native", "triton", "cuda", "cuda", "triton"]),
+        ({"devices": [H200 | {"capability": "8.0"}]}, ["native", *["triton"] * 4]),
+        ({"devices": [H200 | {"capability": "7.5"}]}, ["native", *["reference"] * 4]),
         ({"torch__error": "No module named 'torch'"}, ["none", "none"]),
         ({"native__error": "libgomp.so.1"}, ["none", "none"]),
         ({"torch__devices": []}, ["native", "none"]),
     ],
 )
-def test_each_device_gets_a_backend(changes: dict[str, Any], expected: list[str]) -> None:
+def test_each_device_and_size_gets_a_backend(changes: dict[str, Any], expected: list[str]) -> None:
+    if not doctor.gather()["native"]["build"]["cuda"]:
+        expected = ["triton" if name == "cuda" else name for name in expected]
     chosen = machine(**changes)["backends"]
-    assert [entry["device"] for entry in chosen] == ["cpu", "cuda:0"]
     assert [entry["backend"] for entry in chosen] == expected
-    assert all(entry["why"] for entry in chosen)
+    assert {entry["device"] for entry in chosen} == {"cpu", "cuda:0"}
+    for entry in chosen:
+        assert entry["why"]
+        assert all(other["why"] for other in entry["others"])
+        if entry["backend"] != "none":
+            named = {entry["backend"], *(other["backend"] for other in entry["others"])}
+            assert named == {"native", "triton", "cuda", "reference"}
+
+
+def test_the_reason_for_each_backend_that_was_passed_over(capsys: Any) -> None:
+    lines = doctor.table(machine(devices=[H200 | {"capability": "8.0"}])).splitlines()
+    large = lines.index(next(line for line in lines if "4096x4096" in line))
+    assert "triton: streams the matrix" in lines[large]
+    others = "\n".join(lines[large + 1 : large + 4])
+    assert "then reference: plain PyTorch" in others
+    assert "not native: it takes CPU tensors" in others
+    assert "not cuda: " in others
+
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--sizes", "64by64"])
+    assert stop.value.code == 2
+    assert "'64by64' is not like 64x128" in capsys.readouterr().err
