@@ -9,16 +9,17 @@ column potentials g first, row potentials f second, k = 1..K:
 and backwards, with every plan divided by its own column (T') or row (T) sums:
 
     gbar_K = column sums of T_K * (C - rowmean),    rowmean = row means of C under T_K
-    y_k = gbar_k / colsum(T'_k)     x_{k-1} = T'_k y_k / rowsum(T_{k-1})     gbar_{k-1} = T_{k-1}^T x_{k-1}
+    y_k = gbar_k / colsum(T'_k)
+    x_{k-1} = T'_k y_k / rowsum(T_{k-1})            gbar_{k-1} = T_{k-1}^T x_{k-1}
     dL/dA = T_K * (C - rowmean) - sum_k T'_k * y_k + sum_{k<K} T_k * x_k
     dL/dp = -T_K + dL/dA / epsilon             dS = p * (dL/dp - rowsum(p * dL/dp))
 
-S is replaced by p once and then only read: a program holds whole rows in registers, so that one read
-gives a row its new potential and its part of the next column sums. Vectors and their history,
-4 K (N + M) floats at most, are the only other memory. Two regimes (LOG): while 1/epsilon <= 64 the
-potentials are kept as u = exp(f), v = exp(g), and the plan is E * u v^T with one exp per entry and
-read; above, they are logarithms. There a row's sum is taken relative to its largest entry and a
-column's by correcting the last iteration's plan, whose column sums lie between 1/(N M) and 1.
+S is replaced by p once and then only read: a program holds whole rows in registers, so that one
+read gives a row its new potential and its part of the next column sums. Vectors and their history,
+2 K (N + M) floats, are the only other memory. Two regimes (LOG): while 1/epsilon <= 64 the
+potentials are kept as u = exp(f), v = exp(g); above, they are logarithms, a row's sum is taken
+relative to its largest entry, and a column's potential is corrected by the column sums of the last
+plan, which lie between 1/(N M) and 1. Either way an entry costs one exp a read.
 
 Many problems are solved side by side, a program each, all iterations in one launch; few large ones
 by many programs each, with two launches an iteration. Sums over programs are taken in a fixed order
@@ -55,7 +56,7 @@ def _matrix(similarity, offsets, q):
 
 @triton.jit
 def _entries(matrix, first, j, end, m, R: tl.constexpr):
-    """Rows from `first` on, addresses and mask; the padding of rows to 16 bytes is inside the mask."""
+    """R rows from `first` on: indices, addresses, mask, which spares the padding to 16 bytes."""
     stride = (m + 3) // 4 * 4
     block = tl.arange(0, R)
     at = matrix + stride.to(tl.int64) * first + (block[:, None] * stride + j[None, :])
@@ -70,10 +71,11 @@ def _cost(kept):
 
 @triton.jit
 def _plan(cost, row, col, sharpness, LOG: tl.constexpr):
-    if LOG:
-        return tl.exp(row[:, None] + col[None, :] - sharpness * cost)
-    else:
-        return tl.exp(-sharpness * cost) * (row[:, None] * col[None, :])
+    return (
+        tl.exp(row[:, None] + col[None, :] - sharpness * cost)
+        if LOG
+        else tl.exp(-sharpness * cost) * (row[:, None] * col[None, :])
+    )
 
 
 @triton.jit
@@ -134,10 +136,7 @@ def _sweep(
     for first in tl.range(begin, end, R, num_stages=STAGES):
         i, at, mask = _entries(matrix, first, j, end, m, R)
         cost = _cost(tl.load(at, mask=mask, other=0))
-        if LOG:
-            row = -tl.max(col[None, :] - sharpness * cost, 1)
-        else:
-            row = tl.full([R], 1, tl.float32)
+        row = -tl.max(col[None, :] - sharpness * cost, 1) if LOG else tl.full([R], 1, tl.float32)
         plan = _plan(cost, row, col, sharpness, LOG)
         factor = 1 / (n * tl.sum(plan, 1))
         tl.store(rows + i, _scale(row, factor, LOG), mask=i < end)
@@ -150,8 +149,8 @@ def _reverse_sweep(
     matrix, row_now, row_before, x, col, col_before, y, begin, end, m, j, sharpness,
     R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """From y_k writes x_{k-1} of the rows [begin, end); returns their parts of gbar_{k-1} and of the
-    column sums of T'_{k-1}, which rounding moves from 1/M in the logarithmic regime (else zeros).
+    """From y_k writes x_{k-1} of the rows [begin, end), returns their parts of gbar_{k-1} and,
+    where LOG, of the column sums of T'_{k-1}: there the potentials' rounding moves them from 1/M.
 
     row_now: f_{k-1}, row_before: f_{k-2}, col: g_k, col_before: g_{k-1}.
     """
@@ -239,8 +238,8 @@ def _finish_kernel(
     rows, cols, partial, masses, losses, iterations, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Each part's share of the loss; for "unrolled" of gbar_K and the column sums of T'_K (LOG), for
-    "implicit" of the column sums of T_K.
+    """Each part's share of the loss; for "unrolled" of gbar_K and, where LOG, of the column sums of
+    T'_K; for "implicit" of those of T_K.
     """
     q, n, m, here = _problem(shapes, order, small_n, small_m)
     begin = tl.program_id(1) * chunk
@@ -284,7 +283,7 @@ def _loss_kernel(
     shapes, order, small_n, small_m, chunk, max_parts, losses, loss,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    q, n, _, here = _problem(shapes, order, small_n, small_m)
     if not here:
         return
     part = tl.arange(0, PARTS)
@@ -457,8 +456,9 @@ def _fixed_point_kernel(
     rows, cols, masses, w, iterations, sharpness,
     COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
-    """Conjugate gradients for w, preconditioned by the plan's column sums c, in double: the system is
-    singular along the constants and nearly so wherever the plan falls into blocks.
+    """Conjugate gradients for w, preconditioned by the plan's column sums c, in double: the system
+    is singular along the constants and nearly so wherever the plan falls into blocks. The number of
+    steps is not known to the host, hence one program a problem, however large.
     """
     q, n, m, here = _problem(shapes, order, small_n, small_m)
     if not here:
@@ -474,21 +474,22 @@ def _fixed_point_kernel(
     # Solvable only without a component along the constants.
     residual -= c * (tl.sum(residual, 0) / tl.sum(c, 0))
     direction = inverse * residual
-    solution = tl.zeros([COLS], tl.float64)
     norm = tl.sum(residual * direction, 0)
     enough = 1e-24 * norm
+    w += q * COLS + j
+    tl.store(w, tl.zeros([COLS], tl.float64))
     step = 0
     while (norm > enough) & (step < 2 * m + 50):
         product = _schur(matrix, rows, col, direction, n, m, j, sharpness, R, LOG, False)
         curvature = tl.sum(direction * product, 0)
         length = tl.where(curvature > 0, norm / curvature, 0)
-        solution += length * direction
+        tl.debug_barrier()
+        tl.store(w, tl.load(w) + length * direction)
         residual -= length * product
         next_norm = tl.where(curvature > 0, tl.sum(inverse * residual * residual, 0), 0)
         direction = inverse * residual + (next_norm / norm) * direction
         norm = next_norm
         step += 1
-    tl.store(w + q * COLS + j, solution)
 
 
 # ---- few problems: two launches an iteration, over blocks of columns and of rows
@@ -545,8 +546,8 @@ def _rows_kernel(
     slot = q * slots + k % slots
     col = tl.load(cols + slot * COLS + j)
     total = _sweep(
-        _matrix(similarity, offsets, q), rows + slot * width_n, col, begin, tl.minimum(begin + chunk, n), n, m, j,
-        sharpness, R, LOG, STAGES,
+        _matrix(similarity, offsets, q), rows + slot * width_n, col,
+        begin, tl.minimum(begin + chunk, n), n, m, j, sharpness, R, LOG, STAGES,
     )  # fmt: skip
     part = q * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial + part * COLS + j, total)
@@ -588,8 +589,8 @@ def _reverse_rows_kernel(
     j = tl.arange(0, COLS)
     now = q * slots + k - 1
     gbar, mass = _reverse_sweep(
-        _matrix(similarity, offsets, q), rows + now * width_n, rows + (now - 1) * width_n, x + now * width_n,
-        tl.load(cols + (now + 1) * COLS + j), tl.load(cols + now * COLS + j),
+        _matrix(similarity, offsets, q), rows + now * width_n, rows + (now - 1) * width_n,
+        x + now * width_n, tl.load(cols + (now + 1) * COLS + j), tl.load(cols + now * COLS + j),
         tl.load(y + (now + 1) * COLS + j),
         begin, tl.minimum(begin + chunk, n), m, j, sharpness, R, LOG, STAGES,
     )  # fmt: skip
@@ -601,15 +602,9 @@ def _reverse_rows_kernel(
 
 # ---- configurations
 
-# Columns of the tile that holds whole rows in registers: (its rows, warps).
-TILES = {
-    128: (32, 8),
-    256: (16, 8),
-    512: (8, 8),
-    1024: (4, 8),
-    2048: (2, 8),
-    4096: (1, 8),
-}
+# Columns of the tile that holds whole rows: its rows. 8 entries for a thread of 16 warps, at most
+# 128 registers.
+TILES = {128: 32, 256: 16, 512: 8, 1024: 4, 2048: 2, 4096: 1}
 MAX_COLS = max(TILES)
 STAGES = 3  # tiles on their way from memory while one is worked on
 BLOCK = 128  # columns that a program of the column launches adds up
@@ -623,11 +618,16 @@ MANY, SMALL = 32, 2**19
 LARGEST_SHARPNESS = 64
 
 
+def warps(kernel: Any) -> int:
+    """Doubles take two registers each: fewer threads, with more registers."""
+    return 8 if kernel is _fixed_point_kernel else 16
+
+
 def constants(cols: int, logarithmic: bool, gradient: str | None) -> dict[str, Any]:
     """What the kernels are compiled for, by argument."""
     return {
         "COLS": cols,
-        "R": TILES[cols][0],
+        "R": TILES[cols],
         "LOG": logarithmic,
         "GRADIENT": gradient,
         "STAGES": STAGES,
@@ -674,8 +674,7 @@ def solve(
     if problems == 0 or max_n == 0 or max_m == 0:
         return
     tile = min(cols for cols in TILES if cols >= max_m)
-    tile_rows, warps = TILES[tile]
-    chunk = triton.cdiv(triton.cdiv(max_n * problems, PROGRAMS), tile_rows) * tile_rows
+    chunk = triton.cdiv(triton.cdiv(max_n * problems, PROGRAMS), TILES[tile]) * TILES[tile]
     parts = triton.cdiv(max_n, chunk)
     blocks = tile // BLOCK
     width_n = triton.cdiv(max_n, 16) * 16
@@ -721,7 +720,7 @@ def solve(
     def launch(kernel: Any, *grid: int, **more: int) -> None:
         launches[kernel.fn.__name__] += 1
         known = {**values, **settings, **more}
-        kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=warps)
+        kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=warps(kernel))
 
     with torch.cuda.device_of(similarity):
         launch(_softmax_kernel, problems, parts)
