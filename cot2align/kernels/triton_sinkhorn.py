@@ -61,9 +61,22 @@ def _similarity_block(
 
 
 @triton.jit
-def _cost(p, at_argmax, rest):
-    """1 - p, which cancels at the row's argmax: there it is the sum of the others."""
-    return tl.where(at_argmax, rest[:, None], 1.0 - p)
+def _entries(matrix, rows, cols, n, m):
+    """Addresses and mask of a matrix [n, m] whose rows begin every 16 bytes."""
+    stride = ((m + 3) // 4 * 4).to(tl.int64)
+    at = matrix + rows[:, None] * stride + cols[None, :]
+    return at, (rows < n)[:, None] & (cols < m)[None, :]
+
+
+@triton.jit
+def _is_argmax(kept):
+    return kept.to(tl.int32, bitcast=True) < 0
+
+
+@triton.jit
+def _cost(kept):
+    """1 - p. It cancels at the row's argmax, for which the cost itself is kept, its sign bit set."""
+    return tl.where(_is_argmax(kept), -kept, 1.0 - kept)
 
 
 @triton.jit
@@ -201,9 +214,9 @@ def _fused(
     at_argmax = cols[None, :] == argmax[:, None]
     p = tl.exp(S - (top + broken)[:, None])
     rest = tl.sum(tl.where(at_argmax, 0.0, p), 1)
-    p = p / (1.0 + rest)[:, None]
-    rest = rest / (1.0 + rest)
-    E = _cost(p, at_argmax, rest) * (-1.0 / epsilon)
+    # Times -1, since Triton's minus gives no negative zero.
+    p = tl.where(at_argmax, (rest * -1.0)[:, None], p) / (1.0 + rest)[:, None]
+    E = _cost(p) * (-1.0 / epsilon)
 
     a, b = 1.0 / n.to(tl.float32), 1.0 / m.to(tl.float32)
     if LOG:
@@ -244,31 +257,30 @@ def _fused(
         k += 1
 
     T = _plan(E, u, v, LOG)
-    C = _cost(p, at_argmax, rest)
+    C = _cost(p)
     tl.store(loss + q, tl.sum(tl.sum(T * C, 1), 0))
     tl.store(iterations + q, k)
     tl.store(marginal_error + q, error)
     if GRADIENT != "none":
-        gradient += tl.load(offsets + q)
-        stride = (m + 3) // 4 * 4
-        valid = row[:, None] & col[None, :]
         if GRADIENT == "unrolled":
             slope = _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG)
         elif GRADIENT == "implicit":
             # p leaves its registers to the iteration in double precision.
-            at = gradient + rows[:, None] * stride + cols[None, :]
+            at, valid = _entries(gradient + tl.load(offsets + q), rows, cols, n, m)
             tl.store(at, p, mask=valid)
             z_bar, w_bar = _fixed_point(T, C, 2 * m + 50)
             tl.debug_barrier()
             p = tl.load(at, mask=valid, other=0.0)
-            C = _cost(p, at_argmax, rest)
+            C = _cost(p)
             slope = (T * ((C - z_bar[:, None] - w_bar[None, :]) / epsilon - 1.0)).to(tl.float32)
         else:
             slope = -T
         # Relative to the argmax, whose own p is all but 1 where the softmax saturates.
+        at_argmax = _is_argmax(p)
         slope -= tl.sum(tl.where(at_argmax, slope, 0.0), 1)[:, None]
+        p = tl.where(at_argmax, 1.0 + p, p)
         slope -= tl.sum(p * slope, 1)[:, None]
-        at = gradient + rows[:, None] * stride + cols[None, :]
+        at, valid = _entries(gradient + tl.load(offsets + q), rows, cols, n, m)
         tl.store(at, tl.load(weights + q) * p * slope, mask=valid)
 
 
@@ -302,9 +314,8 @@ def _similarity(
     rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
     first_x, first_z = tl.load(firsts + 2 * q), tl.load(firsts + 2 * q + 1)
     S = scale * _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
-    stride = ((m + 3) // 4 * 4).to(tl.int64)
-    at = similarity + tl.load(offsets + q) + rows[:, None] * stride + cols[None, :]
-    tl.store(at, S, mask=(rows < n)[:, None] & (cols < m)[None, :])
+    at, valid = _entries(similarity + tl.load(offsets + q), rows, cols, n, m)
+    tl.store(at, S, mask=valid)
 
 
 @triton.jit(do_not_specialize=["tiles", "widths"])
@@ -449,6 +460,7 @@ def ot_loss(
     need_x: bool = False,
     need_z: bool = False,
     core: str = "triton",
+    fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, num_iters, marginal_error [problems]; the gradients of sum(weights * loss) for x
     and z, in their dtype, else [0].
@@ -457,6 +469,7 @@ def ot_loss(
         NaN and no gradient.
     entries: the sum of n * (m rounded up to a multiple of 4), where the host knows it.
     core: who solves what no tile holds, "triton" or "cuda".
+    fused: False leaves all problems to the core.
 
     Raises ValueError for tensors that do not fit together, and what the core raises.
     """
@@ -484,14 +497,14 @@ def ot_loss(
 
     logarithmic = 1 / epsilon > LARGEST_EXPONENT
     capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-    tiles = tiles_for(gradient, logarithmic, capability)
+    tiles = tiles_for(gradient, logarithmic, capability) if fused else ()
     fitting = [i for i, tile in enumerate(tiles) if max_n <= tile.rows and max_m <= tile.cols]
     launched = tiles[: fitting[0] + 1] if fitting else tiles
     if entries is None:
         entries = count * max_n * _padded(max_m)
     matrix = loss.new_empty(0 if fitting and gradient == "none" else entries)
     steps = count * num_iters if gradient == "unrolled" else 0
-    history = loss.new_empty(steps * (launched[-1].rows + launched[-1].cols))
+    history = loss.new_empty(steps * max((t.rows + t.cols for t in launched), default=0))
     upcast = INTERPRETED and x.dtype == torch.bfloat16
     outputs = (loss, iterations, marginal_error)
     with torch.cuda.device_of(x):
