@@ -15,6 +15,7 @@
 
 #ifdef COT2ALIGN_CUDA_ARCHS
 #include "device_query.h"
+#include "sinkhorn_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -116,6 +117,30 @@ py::tuple cuda_versions() {
   const auto versions = cot2align::cuda_versions();
   return py::make_tuple(versions.driver, versions.runtime);
 }
+
+// The caller (kernels/cuda_sinkhorn.py) answers for the addresses, sizes and types.
+void cuda_solve(uintptr_t similarity, uintptr_t shapes, uintptr_t offsets, uintptr_t order,
+                uintptr_t weights, int count, int max_n, int max_m, int small_n, int small_m,
+                double epsilon, float tol, int num_iters, const std::string& gradient,
+                uintptr_t loss, uintptr_t iterations, uintptr_t marginal_error, uintptr_t history,
+                int device, uintptr_t stream) {
+  const cot2align::CudaProblems problems{pointer<float>(similarity),
+                                         pointer<const int32_t>(shapes),
+                                         pointer<const int64_t>(offsets),
+                                         pointer<const int32_t>(order),
+                                         pointer<const float>(weights),
+                                         count,
+                                         max_n,
+                                         max_m,
+                                         small_n,
+                                         small_m};
+  const cot2align::CudaSettings settings{epsilon, tol, num_iters, gradient_named(gradient)};
+  const cot2align::CudaResults results{pointer<float>(loss), pointer<int32_t>(iterations),
+                                       pointer<float>(marginal_error)};
+  py::gil_scoped_release release;
+  cot2align::cuda_solve(problems, settings, results, pointer<float>(history), device,
+                        pointer<void>(stream));
+}
 #endif
 
 }  // namespace
@@ -149,5 +174,13 @@ PYBIND11_MODULE(_native, module) {
              "(devices, reason): a dict for each CUDA device; reason says why there are none");
   module.def("cuda_versions", &cuda_versions,
              "(driver, runtime) as 13000 for 13.0; driver 0: there is none");
+  module.def("cuda_solve", &cuda_solve, "similarity"_a, "shapes"_a, "offsets"_a, "order"_a,
+             "weights"_a, py::kw_only(), "count"_a, "max_n"_a, "max_m"_a, "small_n"_a, "small_m"_a,
+             "epsilon"_a, "tol"_a, "num_iters"_a, "gradient"_a, "loss"_a, "iterations"_a,
+             "marginal_error"_a, "history"_a, "device"_a, "stream"_a,
+             "the operation of sinkhorn_cuda.h on addresses of device arrays");
+  module.def("cuda_cluster_size", &cot2align::cuda_cluster_size, "max_n"_a, "max_m"_a);
+  module.def("cuda_history_size", &cot2align::cuda_history_size, "max_n"_a, "max_m"_a,
+             "num_iters"_a);
 #endif
 }

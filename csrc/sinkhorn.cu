@@ -1,20 +1,21 @@
 // The OT loss on a GPU with thread-block clusters (sm_90 and up), from the similarity on: the
 // operation of sinkhorn.cpp, whose formulas and names it shares, one problem per cluster.
 //
-// Each block of the cluster owns a band of rows. Its matrix, E, stays on the chip: the first rows of
-// every warp in registers, the others in shared memory. An iteration reads it once: a warp makes a
-// row's dot product, which gives the row's new value, which adds the row to the warp's column sums
-// at once (`sweep`). The warps' sums are added up in shared memory, the blocks' through distributed
-// shared memory, with one cluster barrier; every block does this for all columns, in the same order,
-// so that all take the same decision to stop. S is read again where p is needed, rather than kept.
+// Each block of the cluster owns a band of rows. Its matrix, E, stays on the chip: the first rows
+// of every warp in registers, the others in shared memory. An iteration reads it once: a warp makes
+// a row's dot product, which gives the row's new value, which adds the row to the warp's column
+// sums at once (`sweep`). The warps' sums are added up in shared memory, the blocks' through
+// distributed shared memory, with one cluster barrier; every block does this for all columns, in
+// the same order, so that all take the same decision to stop. S is read again where p is needed,
+// rather than kept.
 //
 // Where 1/epsilon is so large that E leaves the range of float, u and v are kept as logarithms to
 // base 2 and E as its exponent. After one iteration no sum of the plan T = 2^(E + u + v) can leave
 // the range either: each half-iteration adds log2(wanted sum / sum) to u or v, without a maximum.
 //
-// The unrolled gradient needs u_k, v_k and the x_k, z_k of the reverse iterations, z_k = y_{k+1} (in
-// logarithms x_k / u_k and z_k / v_k, so that the plans of the iterations take E's place). They go
-// through global memory, 2 (N + M) floats an iteration; the matrix part of dL/dS is then
+// The unrolled gradient needs u_k, v_k and the x_k, z_k of the reverse iterations, z_k = y_{k+1}
+// (in logarithms x_k / u_k and z_k / v_k, so that the plans of the iterations take E's place). They
+// go through global memory, 2 (N + M) floats an iteration; the matrix part of dL/dS is then
 //
 //     sum_{0 < k < K} x_k v_k^T + sum_{0 <= k < K} u_k z_k^T
 //
@@ -47,11 +48,9 @@ __device__ __forceinline__ char* shared_memory() {
   extern __shared__ Quad<float> bytes[];
   return reinterpret_cast<char*>(bytes);
 }
-__device__ __forceinline__ void cluster_barrier() {
-  cooperative_groups::this_cluster().sync();
-}
-// What another block of the cluster has at this place of its shared memory. Volatile: addresses that
-// the compiler keeps for the next time cost more registers than there are.
+__device__ __forceinline__ void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
+// What another block of the cluster has at this place of its shared memory. Volatile: addresses
+// that the compiler keeps for the next time cost more registers than there are.
 template <class T>
 __device__ __forceinline__ T of_block(const T* mine, int rank) {
   unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine));
@@ -101,7 +100,8 @@ struct Launch {
 
 __host__ __device__ constexpr int round4(int count) { return (count + 3) / 4 * 4; }
 
-// Shared memory in floats: of fixed size, arrays of columns and of rows (`Solver::cut`), the matrix.
+// Shared memory in floats: of fixed size, arrays of columns and of rows (`Solver::cut`), the
+// matrix.
 __host__ __device__ constexpr int fixed_size(int warps) { return 4 * warps + 4; }
 __host__ __device__ constexpr int column_arrays(int warps) { return 2 * warps + 10; }
 constexpr int row_arrays = 13;
@@ -162,8 +162,8 @@ __device__ __forceinline__ float warp_sums(float (&value)[count]) {
 
 // One problem, as seen by one thread. A lane holds columns 4 lane + 128 s .. 4 lane + 128 s + 3 of
 // its warp's rows, s < strips, and its thread reduces columns thread + o threads, o < owned. Rows
-// are counted within the block's band; warp w's are w, w + warps, ..., of which the first `resident`
-// stay in registers.
+// are counted within the block's band; warp w's are w, w + warps, ..., of which the first
+// `resident` stay in registers.
 template <bool logarithmic, int strips, int warps, int resident>
 class Solver {
   static constexpr int width = 4 * strips, threads = 32 * warps;
@@ -183,7 +183,9 @@ class Solver {
         band_(round4((n_ + in.cluster - 1) / in.cluster)),
         rank_(rank),
         begin_(rank * band_),
-        rows_(n_ < begin_ ? 0 : n_ - begin_ < band_ ? n_ - begin_ : band_),
+        rows_(n_ < begin_           ? 0
+              : n_ - begin_ < band_ ? n_ - begin_
+                                    : band_),
         thread_(threadIdx.x),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32),
@@ -226,7 +228,9 @@ class Solver {
     return reinterpret_cast<double*>(cut(2 * warps + 4, 0));
   }
   // u_k and v_k: the last three of them are on the chip.
-  __device__ __forceinline__ float* columns_at(int k) const { return cut(2 * warps + 6 + k % 3, 0); }
+  __device__ __forceinline__ float* columns_at(int k) const {
+    return cut(2 * warps + 6 + k % 3, 0);
+  }
   __device__ __forceinline__ float* rows_at(int k) const { return cut(all, 4 + k % 3); }
   __device__ __forceinline__ float* z_now() const { return cut(2 * warps + 9, 0); }
   __device__ __forceinline__ float* x_at(int k) const { return cut(all, 7 + k % 2); }
@@ -239,9 +243,7 @@ class Solver {
   __device__ __forceinline__ float* largest() const { return cut(all, 9); }
   __device__ __forceinline__ float* inverse_total() const { return cut(all, 10); }
   __device__ __forceinline__ float* least() const { return cut(all, 11); }
-  __device__ __forceinline__ int* argmax() const {
-    return reinterpret_cast<int*>(cut(all, 12));
-  }
+  __device__ __forceinline__ int* argmax() const { return reinterpret_cast<int*>(cut(all, 12)); }
   __device__ __forceinline__ float* matrix() const { return cut(all, row_arrays); }
 
   // Addresses and comparisons are made again from here on: the compiler would keep hundreds of them
@@ -484,7 +486,7 @@ class Solver {
 #pragma unroll
     for (int c = 0; c < width; ++c) sums[c] = 0;
     if constexpr (logarithmic) {
-      for_rows([&](int i, const float(&e)[width]) {
+      for_rows([&](int i, const float (&e)[width]) {
         float t[width], mass = 0;
 #pragma unroll
         for (int s = 0; s < strips; ++s) {
@@ -500,7 +502,7 @@ class Solver {
     } else {
       float by[width];
       load(by, v);
-      const auto take_batch = [&](const float(*e)[width], int position) {
+      const auto take_batch = [&](const float (*e)[width], int position) {
         float dot[batch];
 #pragma unroll
         for (int r = 0; r < batch; ++r) {
@@ -537,7 +539,7 @@ class Solver {
     float top[width];
 #pragma unroll
     for (int c = 0; c < width; ++c) top[c] = never;
-    for_rows([&](int, const float(&e)[width]) {
+    for_rows([&](int, const float (&e)[width]) {
 #pragma unroll
       for (int c = 0; c < width; ++c) top[c] = fmaxf(top[c], e[c]);
     });
@@ -549,7 +551,7 @@ class Solver {
   __device__ __forceinline__ void scale_rows() {
     float v[width];
     load(v, columns_at(1));
-    for_rows([&](int i, const float(&e)[width]) {
+    for_rows([&](int i, const float (&e)[width]) {
       float top = never;
 #pragma unroll
       for (int c = 0; c < width; ++c) top = fmaxf(top, e[c] + v[c]);
@@ -604,7 +606,8 @@ class Solver {
   }
 
   // The loss; the rows' mass T 1 and mean cost W 1 / T 1, and the column sums of T * (C - the row's
-  // mean): T's rows sum to 1/N but for rounding, and C - mean cancels where a row goes to one column.
+  // mean): T's rows sum to 1/N but for rounding, and C - mean cancels where a row goes to one
+  // column.
   __device__ __forceinline__ void finish(double (&gradient)[owned]) {
     double loss = 0;
     clear_sums();
@@ -649,13 +652,13 @@ class Solver {
 
   // ---- the gradient through the iterations
 
-  // of_warp() = column sums of x_i t_i, t = T^(k) = 2^(E + u_k + v_k) and x_i = -(t_i . z) / (t_i . 1),
-  // and of T^(k-1), by which the next step divides: its sums are 1/M only but for the rounding of u
-  // and v, which 1/epsilon magnifies.
+  // of_warp() = column sums of x_i t_i, t = T^(k) = 2^(E + u_k + v_k) and x_i = -(t_i . z) / (t_i .
+  // 1), and of T^(k-1), by which the next step divides: its sums are 1/M only but for the rounding
+  // of u and v, which 1/epsilon magnifies.
   __device__ __forceinline__ void reverse_sweep(int k, float* x) {
     clear_sums();
     const float *u = rows_at(k), *u_before = rows_at(k - 1);
-    for_rows([&](int i, const float(&e)[width]) {
+    for_rows([&](int i, const float (&e)[width]) {
       float t[width], dot = 0, mass = 0;
 #pragma unroll
       for (int s = 0; s < strips; ++s) {
@@ -695,7 +698,7 @@ class Solver {
     if constexpr (logarithmic) {
       float sums[width] = {}, v[width];
       load(v, columns_at(iterations_ - 1));
-      for_rows([&](int i, const float(&e)[width]) {
+      for_rows([&](int i, const float (&e)[width]) {
 #pragma unroll
         for (int c = 0; c < width; ++c) sums[c] += plan(e[c], rows_at(iterations_ - 1)[i], v[c]);
       });
@@ -706,8 +709,8 @@ class Solver {
       for (int o = 0; o < owned; ++o) {
         const int j = thread_ + o * threads;
         if (j >= ld_) continue;
-        const float z = logarithmic ? gradient[o] / mass[o]
-                                    : gradient[o] * columns_at(k + 1)[j] * columns;
+        const float z =
+            logarithmic ? gradient[o] / mass[o] : gradient[o] * columns_at(k + 1)[j] * columns;
         z_now()[j] = j < m_ ? z : 0;
         if (rank_ == 0) column_history(k, 1)[j] = z_now()[j];
       }
@@ -741,7 +744,7 @@ class Solver {
   template <class Row>
   __device__ __forceinline__ void sweep_plan(Row row) {
     clear_sums();
-    for_rows([&](int i, const float(&e)[width]) {
+    for_rows([&](int i, const float (&e)[width]) {
       const float u = rows_at(iterations_)[i];
       float t[width];
       double dot = 0;
@@ -767,8 +770,9 @@ class Solver {
   }
 
   // Conjugate gradients, preconditioned by diag(c), for (diag(c) - T^T diag(1/r) T) w = residual, r
-  // and c the plan's own sums; w is left in shared_direction(). In double: the system is singular along the
-  // constants and nearly so wherever the plan falls into blocks, which float does not survive.
+  // and c the plan's own sums; w is left in shared_direction(). In double: the system is singular
+  // along the constants and nearly so wherever the plan falls into blocks, which float does not
+  // survive.
   __device__ __forceinline__ void solve_fixed_point(double (&residual)[owned]) {
     double c[owned] = {}, w[owned] = {}, direction[owned] = {}, product[owned] = {};
     double norm = 0, first_norm = 0;
@@ -853,8 +857,8 @@ class Solver {
     }
   }
 
-  // correction = sum_k x_k v_k^T + u_k z_k^T for rows begin .. begin + group - 1, all warps staging;
-  // in logarithms sum_k T^(k) * (x_k 1^T + 1 z_k^T).
+  // correction = sum_k x_k v_k^T + u_k z_k^T for rows begin .. begin + group - 1, all warps
+  // staging; in logarithms sum_k T^(k) * (x_k 1^T + 1 z_k^T).
   __device__ __forceinline__ void correct(float (&correction)[group][width], int begin) {
     forget();
     const int64_t used = matrix() - reinterpret_cast<float*>(shared_memory());
@@ -986,8 +990,9 @@ constexpr Configuration configuration{128 * strips, resident,
                                       sinkhorn_cluster<false, strips, warps, resident>,
                                       sinkhorn_cluster<true, strips, warps, resident>};
 
+// As many resident rows as leave registers for the rest; nvcc -Xptxas -v shows no spills.
 const Configuration configurations[] = {configuration<2, 12>, configuration<4, 6>,
-                                        configuration<6, 4>};
+                                        configuration<5, 4>};
 
 struct Choice {
   const Configuration* configuration;
@@ -1025,12 +1030,12 @@ void cuda_solve(const CudaProblems& problems, const CudaSettings& settings,
   const auto check = [&](cudaError_t status, const std::string& what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // else the next kernel launch would be blamed for it
-    throw std::runtime_error("sinkhorn_cluster, " + std::to_string(problems.count) +
-                             " problems of at most " + std::to_string(problems.max_n) + " x " +
-                             std::to_string(problems.max_m) + " in clusters of " +
-                             std::to_string(choice.cluster) + " blocks with " +
-                             std::to_string(choice.shared_bytes) + " bytes of shared memory: " +
-                             what + ": " + cudaGetErrorString(status));
+    throw std::runtime_error(
+        "sinkhorn_cluster, " + std::to_string(problems.count) + " problems of at most " +
+        std::to_string(problems.max_n) + " x " + std::to_string(problems.max_m) +
+        " in clusters of " + std::to_string(choice.cluster) + " blocks with " +
+        std::to_string(choice.shared_bytes) + " bytes of shared memory: " + what + ": " +
+        cudaGetErrorString(status));
   };
   if (choice.cluster == 0) check(cudaErrorInvalidValue, "no configuration holds them");
   if (problems.count == 0) return;
@@ -1062,6 +1067,10 @@ void cuda_solve(const CudaProblems& problems, const CudaSettings& settings,
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(choice.shared_bytes)),
         "cudaFuncSetAttribute");
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  if (attributes.ptxVersion < 90)
+    check(cudaErrorNoKernelImageForDevice, "compiled for no architecture with clusters");
   int clusters = 0;
   check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config),
         "cudaOccupancyMaxActiveClusters");

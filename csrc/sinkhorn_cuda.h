@@ -9,7 +9,8 @@
 namespace cot2align {
 
 struct CudaProblems {  // addresses of the device
-  float* similarity;   // problem q begins at offsets[q]; its rows are m rounded up to a multiple of 4
+  float*
+      similarity;  // problem q begins at offsets[q]; its rows are m rounded up to a multiple of 4
   const int32_t* shapes;    // (count, 2) n student tokens (rows), m teacher tokens (columns)
   const int64_t* offsets;   // (count) multiples of 4
   const int32_t* order;     // (count) cluster i solves problem order[i]
@@ -37,9 +38,10 @@ int cuda_cluster_size(int max_n, int max_m);
 // Floats of scratch memory that the unrolled gradient needs for each problem.
 int64_t cuda_history_size(int max_n, int max_m, int num_iters);
 
-// Enqueues the kernel on `stream` (a cudaStream_t) of `device`; where a gradient is asked for, dL/dS
-// replaces the similarity. `history` is of count * cuda_history_size floats for Gradient::unrolled,
-// else null. Throws std::runtime_error that names the kernel and the sizes where CUDA refuses.
+// Enqueues the kernel on `stream` (a cudaStream_t) of `device`; where a gradient is asked for,
+// dL/dS replaces the similarity. `history` is of count * cuda_history_size floats for
+// Gradient::unrolled, else null. Throws std::runtime_error that names the kernel and the sizes
+// where CUDA refuses.
 void cuda_solve(const CudaProblems&, const CudaSettings&, const CudaResults&, float* history,
                 int device, void* stream);
 
