@@ -1,4 +1,4 @@
-"""The OT loss on a GPU: similarity, small problems in one launch each way, the gradients' products.
+"""The OT loss on a GPU: similarity, small problems in one launch, the gradients' products.
 
 The operation is that of csrc/sinkhorn.cpp, formulas there. A problem that a tile of `TILES` holds
 is served by one program of `_fused`, from its tokens to dL/dS, with its matrices in registers:
@@ -75,7 +75,7 @@ def _is_argmax(kept):
 
 @triton.jit
 def _cost(kept):
-    """1 - p. It cancels at the row's argmax, for which the cost itself is kept, its sign bit set."""
+    """1 - p, which cancels at the row's argmax: there the cost itself is kept, sign bit set."""
     return tl.where(_is_argmax(kept), -kept, 1.0 - kept)
 
 
@@ -103,7 +103,7 @@ def _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG: tl.con
     T = _plan(E, u, v, LOG)
     mean = tl.where(row, tl.sum(T * C, 1) / tl.sum(T, 1), 0.0)
     gbar = tl.sum(T * (C - mean[:, None]), 0)
-    # Both terms of -epsilon dL/dp (over E, but for logarithms) that know the last plan.
+    # -epsilon dL/dp, over E where that is not a logarithm. First what depends on the last plan.
     total = (T if LOG else u[:, None] * v[None, :]) * (mean[:, None] - C + epsilon)
     tl.debug_barrier()  # the history was written by other threads
     if LOG:
@@ -204,8 +204,8 @@ def _fused(
     first_x, first_z = tl.load(firsts + 2 * q), tl.load(firsts + 2 * q + 1)
 
     S = _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
-    # A branch, since it ends the way of a layout pass for Blackwell (Triton 3.7) that fails where
-    # it comes from a product to the sum of a sum.
+    # A branch: a layout pass for Blackwell (Triton 3.7) follows a product's users up to the next
+    # branch, and fails at a sum of a sum.
     if scale != 1.0:
         S *= scale
     broken = tl.sum(S * 0.0, 1)  # NaN where an entry is not finite, for the maximum passes over it
@@ -215,8 +215,8 @@ def _fused(
     p = tl.exp(S - (top + broken)[:, None])
     rest = tl.sum(tl.where(at_argmax, 0.0, p), 1)
     # Times -1, since Triton's minus gives no negative zero.
-    p = tl.where(at_argmax, (rest * -1.0)[:, None], p) / (1.0 + rest)[:, None]
-    E = _cost(p) * (-1.0 / epsilon)
+    kept = tl.where(at_argmax, (rest * -1.0)[:, None], p) / (1.0 + rest)[:, None]
+    E = _cost(kept) * (-1.0 / epsilon)
 
     a, b = 1.0 / n.to(tl.float32), 1.0 / m.to(tl.float32)
     if LOG:
@@ -257,7 +257,7 @@ def _fused(
         k += 1
 
     T = _plan(E, u, v, LOG)
-    C = _cost(p)
+    C = _cost(kept)
     tl.store(loss + q, tl.sum(tl.sum(T * C, 1), 0))
     tl.store(iterations + q, k)
     tl.store(marginal_error + q, error)
@@ -265,20 +265,20 @@ def _fused(
         if GRADIENT == "unrolled":
             slope = _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG)
         elif GRADIENT == "implicit":
-            # p leaves its registers to the iteration in double precision.
+            # In memory, p leaves its registers to the iteration in double precision.
             at, valid = _entries(gradient + tl.load(offsets + q), rows, cols, n, m)
-            tl.store(at, p, mask=valid)
+            tl.store(at, kept, mask=valid)
             z_bar, w_bar = _fixed_point(T, C, 2 * m + 50)
             tl.debug_barrier()
-            p = tl.load(at, mask=valid, other=0.0)
-            C = _cost(p)
+            kept = tl.load(at, mask=valid, other=0.0)
+            C = _cost(kept)
             slope = (T * ((C - z_bar[:, None] - w_bar[None, :]) / epsilon - 1.0)).to(tl.float32)
         else:
             slope = -T
         # Relative to the argmax, whose own p is all but 1 where the softmax saturates.
-        at_argmax = _is_argmax(p)
+        at_argmax = _is_argmax(kept)
         slope -= tl.sum(tl.where(at_argmax, slope, 0.0), 1)[:, None]
-        p = tl.where(at_argmax, 1.0 + p, p)
+        p = tl.where(at_argmax, 1.0 + kept, kept)
         slope -= tl.sum(p * slope, 1)[:, None]
         at, valid = _entries(gradient + tl.load(offsets + q), rows, cols, n, m)
         tl.store(at, tl.load(weights + q) * p * slope, mask=valid)
@@ -413,9 +413,9 @@ def tiles_for(gradient: str, logarithmic: bool, capability: int) -> tuple[Tile, 
     """The tiles of `_fused`, each within the next, on a GPU of this major capability."""
     if gradient == "none" and not logarithmic:
         return (*TILES, Tile(128, 128, 8 if capability == 9 else 16))
-    tiles = TILES[:2] if gradient == "implicit" else TILES  # its matrices are of double precision
-    blackwell_spills = gradient == "implicit" or (gradient == "unrolled" and logarithmic)
-    return tiles[:-1] if capability >= 10 and blackwell_spills else tiles
+    if capability >= 10 and (gradient == "implicit" or (gradient == "unrolled" and logarithmic)):
+        return TILES[:1]
+    return TILES[:2] if gradient == "implicit" else TILES  # implicit: matrices of double precision
 
 
 STAGES = 3
