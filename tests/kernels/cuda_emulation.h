@@ -85,8 +85,9 @@ inline void wait(Barrier& barrier) {
   TSAN(__tsan_acquire(&barrier));
 }
 
-inline void start() {
+__attribute__((no_sanitize("thread"))) inline void start() {
   body();
+  TSAN(__tsan_release(&ready));
   TSAN(__tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync));
 }
 
@@ -125,12 +126,13 @@ inline bool run_cluster(int first_block, int size, int threads, size_t shared_by
     TSAN(__tsan_switch_to_fiber(current->tsan, __tsan_switch_to_fiber_no_sync));
     swapcontext(&scheduler, &current->context);
   }
+  TSAN(__tsan_acquire(&ready));
   bool stuck = !cluster.waiting.empty();
   for (Block& block : blocks) {
     stuck |= !block.barrier.waiting.empty();
     for (Warp& warp : block.warps) stuck |= !warp.barrier.waiting.empty();
   }
-  for (Fiber& fiber : fibers) TSAN(__tsan_destroy_fiber(fiber.tsan));
+  TSAN(for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.tsan));
   return !stuck;
 }
 
