@@ -90,13 +90,18 @@ def _nothing(LOG: tl.constexpr):
 
 
 @triton.jit
+def _load_parts(partial, first, parts, j, nothing, COLS: tl.constexpr, PARTS: tl.constexpr):
+    part = first + tl.arange(0, PARTS)
+    at = partial + part[:, None] * COLS + j[None, :]
+    return tl.load(at, mask=(part < parts)[:, None], other=nothing)
+
+
+@triton.jit
 def _sum_parts(partial, parts, j, COLS: tl.constexpr, PARTS: tl.constexpr):
     """Column sums of [parts, COLS]."""
     total = tl.zeros([PARTS, j.shape[0]], tl.float32)
     for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        at = partial + part[:, None] * COLS + j[None, :]
-        total += tl.load(at, mask=(part < parts)[:, None], other=0)
+        total += _load_parts(partial, first, parts, j, 0.0, COLS, PARTS)
     return tl.sum(total, 0)
 
 
@@ -106,13 +111,16 @@ def _first_col(
 ):  # fmt: skip
     """g_1 from the parts' column sums of E, in logarithms where LOG."""
     if LOG:
-        top = tl.full([j.shape[0]], float("-inf"), tl.float32)
-        for part in range(parts):
-            top = tl.maximum(top, tl.load(partial + part * COLS + j))
-        total = tl.zeros([j.shape[0]], tl.float32)
-        for part in range(parts):
-            total += tl.exp(tl.load(partial + part * COLS + j) - top)
-        col = -top - tl.log(m * total)
+        tops = tl.full([PARTS, j.shape[0]], float("-inf"), tl.float32)
+        for first in range(0, parts, PARTS):
+            part = _load_parts(partial, first, parts, j, float("-inf"), COLS, PARTS)
+            tops = tl.maximum(tops, part)
+        top = tl.max(tops, 0)
+        sums = tl.zeros([PARTS, j.shape[0]], tl.float32)
+        for first in range(0, parts, PARTS):
+            part = _load_parts(partial, first, parts, j, float("-inf"), COLS, PARTS)
+            sums += tl.exp(part - top[None, :])
+        col = -top - tl.log(m * tl.sum(sums, 0))
     else:
         col = 1 / (m * _sum_parts(partial, parts, j, COLS, PARTS))
     return tl.where(j < m, col, _nothing(LOG))
@@ -286,9 +294,8 @@ def _loss_kernel(
     q, n, _, here = _problem(shapes, order, small_n, small_m)
     if not here:
         return
-    part = tl.arange(0, PARTS)
-    mine = tl.load(losses + q * max_parts + part, mask=part < tl.cdiv(n, chunk), other=0)
-    tl.store(loss + q, tl.sum(mine, 0))
+    total = _sum_parts(losses + q * max_parts, tl.cdiv(n, chunk), tl.arange(0, 1), 1, PARTS)
+    tl.store(loss + q + tl.arange(0, 1), total)
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
@@ -618,9 +625,13 @@ MANY, SMALL = 32, 2**19
 LARGEST_SHARPNESS = 64
 
 
-def warps(kernel: Any) -> int:
-    """Doubles take two registers each: fewer threads, with more registers."""
-    return 8 if kernel is _fixed_point_kernel else 16
+def resources(kernel: Any) -> dict[str, int]:
+    """Warps, and all the registers that a thread can have: ptxas would rather spill a few than not
+    fit a second program. Doubles take two registers each: fewer threads.
+    """
+    if kernel is _fixed_point_kernel:
+        return {"num_warps": 8, "maxnreg": 255}
+    return {"num_warps": 16, "maxnreg": 128}
 
 
 def constants(cols: int, logarithmic: bool, gradient: str | None) -> dict[str, Any]:
@@ -720,7 +731,8 @@ def solve(
     def launch(kernel: Any, *grid: int, **more: int) -> None:
         launches[kernel.fn.__name__] += 1
         known = {**values, **settings, **more}
-        kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=warps(kernel))
+        arguments = {name: known[name] for name in kernel.arg_names}
+        kernel[grid](**arguments, **resources(kernel))
 
     with torch.cuda.device_of(similarity):
         launch(_softmax_kernel, problems, parts)

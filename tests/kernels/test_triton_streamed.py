@@ -18,6 +18,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from cot2align.kernels import reference, triton_streamed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -119,12 +121,14 @@ def reference_solve(s, **settings):
 
 
 def assert_as_good_as_autograd(s, loss, slope, epsilon, num_iters):
-    """At most 4 times the error of float32 autograd, whose own may happen to be 0."""
+    """At most 4 times the error of float32 autograd. That of its loss, a single number, may happen
+    to be small: at least what rounding exponents of 1 / epsilon leaves in a mean over S's entries.
+    """
     expected_loss, expected = oracle(s, epsilon, num_iters)
     loss32, slope32 = oracle(s, epsilon, num_iters, torch.float32)
     rounding = torch.finfo(torch.float32).eps
     error, error32 = (abs(value - expected_loss) / expected_loss for value in (loss, loss32))
-    assert error <= 4 * max(error32, rounding)
+    assert error <= 4 * max(error32, rounding * max(1, 1 / (epsilon * math.sqrt(s.numel()))))
     assert relative(slope.double(), expected) <= 4 * max(relative(slope32, expected), rounding)
 
 
@@ -132,7 +136,7 @@ def assert_as_good_as_autograd(s, loss, slope, epsilon, num_iters):
 @pytest.mark.parametrize("num_iters", [1, 2, 3, 20])
 @pytest.mark.parametrize("epsilon", [1e3, 10, 0.1, 0.02, 0.005, 1e-3])
 def test_value_and_gradient(programs, epsilon, num_iters):
-    s = random(37, 21)
+    s = random(37 if num_iters < 20 else 20, 21)  # blocks of rows: 2 or 1
     (loss,), (iterations,), _, (slope,) = solve([s], epsilon, num_iters)
     assert iterations == num_iters
     assert_as_good_as_autograd(s, loss, slope, epsilon, num_iters)
@@ -143,6 +147,15 @@ def test_value_and_gradient(programs, epsilon, num_iters):
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_widths(programs, epsilon, m):
     s = random(3, m)
+    (loss,), _, _, (slope,) = solve([s], epsilon, 2)
+    assert_as_good_as_autograd(s, loss, slope, epsilon, 2)
+
+
+@runs
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+def test_more_parts_than_are_read_at_once(programs, epsilon, monkeypatch):
+    monkeypatch.setattr(triton_streamed, "PARTS", 2)
+    s = random(130, 6)
     (loss,), _, _, (slope,) = solve([s], epsilon, 2)
     assert_as_good_as_autograd(s, loss, slope, epsilon, 2)
 
@@ -213,17 +226,18 @@ def test_stops_like_the_reference(programs, epsilon, tol):
 
 
 @runs
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("epsilon", [0.1, 0.01])
-def test_nan_stays_in_its_problem(programs, epsilon, bad):
+@pytest.mark.parametrize(
+    ("bad", "epsilon"), [(math.nan, 0.1), (math.inf, 0.1), (-math.inf, 0.1), (math.nan, 0.01)]
+)
+def test_nan_stays_in_its_problem(programs, bad, epsilon):
     matrices = [random(6, 5), random(34, 5), random(7, 5)]
     spoilt = [s.clone() for s in matrices]
     spoilt[1][33, 2] = bad
-    loss, iterations, _, slopes = solve(spoilt, epsilon, 4, tol=1e-6)
+    loss, iterations, _, slopes = solve(spoilt, epsilon, 2, tol=1e-6)
     assert loss[1].isnan()
     assert slopes[1].isnan().all()
-    assert iterations[1] == 4
-    expected_loss, _, _, expected = solve(matrices, epsilon, 4, tol=1e-6)
+    assert iterations[1] == 2
+    expected_loss, _, _, expected = solve(matrices, epsilon, 2, tol=1e-6)
     for q in (0, 2):
         assert torch.equal(loss[q], expected_loss[q])
         assert torch.equal(slopes[q], expected[q])
@@ -307,22 +321,34 @@ if os.environ.get("COMPILE_ALL") == "1":
 
 @compiles
 @pytest.mark.parametrize(("capability", "cols"), EVERY)
-def test_compiles_without_spills(capability, cols):
+def test_compiles_without_spills(capability, cols, monkeypatch):
     from compiled import SHARED_MEMORY, compile
 
+    plain_compile = triton.compile  # the helper passes it warps and stages alone
+    kinds = {
+        "_finish_kernel": ["none", "unrolled", "implicit"],
+        "_gradient_kernel": ["detached", "unrolled", "implicit"],
+    }
     for name, kernel in vars(triton_streamed).items():
         if not name.endswith("_kernel"):
             continue
-        gradients = {"_finish_kernel": ["none", "unrolled", "implicit"]}
-        gradients["_gradient_kernel"] = ["detached", "unrolled", "implicit"]
-        for gradient in gradients.get(name, [None]):
+        resources = triton_streamed.resources(kernel)
+        monkeypatch.setattr(
+            triton,
+            "compile",
+            lambda source, target, options, resources=resources: plain_compile(
+                source, target=target, options={**options, **resources}
+            ),
+        )
+        for gradient in kinds.get(name, [None]):
             for logarithmic in (False, True):
                 constants = triton_streamed.constants(cols, logarithmic, gradient)
-                warps = triton_streamed.warps(kernel)
                 used = {arg: constants[arg] for arg in kernel.arg_names if arg in constants}
                 signature = {
                     arg: POINTERS.get(arg, "i32") for arg in kernel.arg_names if arg not in used
                 }
-                binary = compile(kernel, signature, used, capability, warps, 3, {"width_n"})
+                binary = compile(
+                    kernel, signature, used, capability, resources["num_warps"], 3, {"width_n"}
+                )
                 assert binary.spills == 0, (name, gradient, logarithmic)
                 assert binary.shared <= SHARED_MEMORY[capability]
