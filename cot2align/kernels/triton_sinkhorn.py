@@ -394,6 +394,11 @@ class Tile(NamedTuple):
     cols: int
     warps: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most. Without a limit ptxas spills some to fit two programs at once."""
+        return min(255, 65536 // (32 * self.warps))
+
 
 class Block(NamedTuple):
     """A block of a matrix product and the steps of its inner loop."""
@@ -422,8 +427,8 @@ STAGES = 3
 DEPTH = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 SIMILARITY = {
     torch.float32: Block(64, 64, 16, 4, 3),
-    torch.float16: Block(128, 128, 64, 8, 3),
-    torch.bfloat16: Block(128, 128, 64, 8, 3),
+    torch.float16: Block(128, 128, 32, 8, 3),
+    torch.bfloat16: Block(128, 128, 32, 8, 3),
 }
 PRODUCTS = {
     torch.float32: Block(64, 64, 16, 4, 3),
@@ -523,6 +528,7 @@ def ot_loss(
                 UPCAST=upcast,
                 num_warps=tile.warps,
                 num_stages=STAGES,
+                maxnreg=tile.registers,
             )
             floor = tile
         if not fitting:

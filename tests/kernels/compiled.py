@@ -36,12 +36,13 @@ def compile(
     num_warps: int,
     num_stages: int,
     divisible: Collection[str] = (),
+    max_registers: int | None = None,
 ) -> Compiled:
     """kernel: a `triton.jit` function; signature: {"x_ptr": "*fp32", "n": "i32", ...} without the
     constexprs; capability: 80, 90 or 100.
 
     Pointers are taken to be 16-byte aligned, as torch's are, and the integers named in `divisible`
-    to be multiples of 16. Raises what Triton's compiler raises.
+    to be multiples of 16; max_registers: `maxnreg` of the launch. Raises what the compiler raises.
     """
     names = kernel.arg_names
     source = ASTSource(
@@ -57,7 +58,7 @@ def compile(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -216,7 +216,7 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def configurations(capability):
-    """Everything that `ot_loss` may launch: kernel, dtype, constants, warps, stages."""
+    """Everything that `ot_loss` may launch: kernel, dtype, constants, (warps, stages, limits)."""
     for dtype in NAMES:
         for gradient in ("none", "unrolled", "implicit", "detached"):
             for logarithmic in (False, True):
@@ -225,17 +225,18 @@ def configurations(capability):
                         **{"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": sinkhorn.DEPTH[dtype]},
                         **{"LOG": logarithmic, "GRADIENT": gradient, "UPCAST": False},
                     }
-                    yield sinkhorn._fused, dtype, constants, tile.warps, sinkhorn.STAGES
+                    how = (tile.warps, sinkhorn.STAGES, ("dim",), tile.registers)
+                    yield sinkhorn._fused, dtype, constants, how
         block = sinkhorn.SIMILARITY[dtype]
         constants = {"ROWS": block.rows, "COLS": block.cols, "DEPTH": block.depth, "UPCAST": False}
-        yield sinkhorn._similarity, dtype, constants, block.warps, block.stages
+        yield sinkhorn._similarity, dtype, constants, (block.warps, block.stages, ("dim",))
         block = sinkhorn.PRODUCTS[dtype]
         for transposed in (False, True):
             constants = {
                 **{"ROWS": block.rows, "WIDTH": block.cols, "DEPTH": block.depth},
                 **{"TRANSPOSED": transposed, "RESCALE": dtype == torch.float16, "UPCAST": False},
             }
-            yield sinkhorn._products, dtype, constants, block.warps, block.stages
+            yield sinkhorn._products, dtype, constants, (block.warps, block.stages, ("dim",))
 
 
 def chosen(capability):
@@ -244,7 +245,7 @@ def chosen(capability):
     if os.environ.get("COMPILE_ALL") == "1":
         return every
     kept = []
-    for kernel, dtype, constants, warps, stages in every:
+    for kernel, dtype, constants, how in every:
         gradient, cols = constants.get("GRADIENT"), constants.get("COLS")
         if kernel is sinkhorn._fused:
             tiles = sinkhorn.tiles_for(gradient, constants["LOG"], capability // 10)
@@ -254,7 +255,7 @@ def chosen(capability):
         else:
             keep = capability == 90 and not constants.get("TRANSPOSED")
         if keep:
-            kept.append((kernel, dtype, constants, warps, stages))
+            kept.append((kernel, dtype, constants, how))
     return kept
 
 
@@ -263,13 +264,13 @@ def chosen(capability):
 def test_compiles_without_spills(capability):
     from tests.kernels.compiled import SHARED_MEMORY, compile
 
-    for kernel, dtype, constants, warps, stages in chosen(capability):
+    for kernel, dtype, constants, how in chosen(capability):
         tokens = dict.fromkeys(("x", "z", "right", "output"), f"*{NAMES[dtype]}")
         types = {**TYPES, **tokens}
         signature = {
             name: types.get(name, "i32") for name in kernel.arg_names if name not in constants
         }
-        binary = compile(kernel, signature, constants, capability, warps, stages, ("dim",))
+        binary = compile(kernel, signature, constants, capability, *how)
         what = (kernel.fn.__name__, dtype, constants, binary.registers)
         assert binary.spills == 0, what
         assert binary.shared <= SHARED_MEMORY[capability], what
