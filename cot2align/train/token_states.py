@@ -124,8 +124,9 @@ def sum_over_tokens(
     """Sums over T tokens of the scalars `function(*logits, *others)`, float32.
 
     It is called with the same n tokens of each of `logits`, [n, V] in float32, and of `others`,
-    tensors [T, ...]. The first sum is differentiable with respect to the states and weights of
-    `logits`, the further ones are constants. Gradients are made in the forward pass, with the loss.
+    tensors [T, ...]; all but the first of `logits` may end earlier. The first sum is differentiable
+    with respect to the states and weights of `logits`, the further ones are constants. Gradients
+    are made in the forward pass, with the loss.
     """
     tensors = [tensor for side in logits for tensor in (side.hidden, *side.weights)]
     if not torch.is_grad_enabled():

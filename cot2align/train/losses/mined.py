@@ -225,30 +225,27 @@ class MinED(nn.Module):
         ours, theirs, rest = (
             student.alignment[name] for name in ("student", "teacher", "unaligned")
         )
-        (aligned,) = sum_over_tokens(
-            self._moved_kl,
-            student.logits(student.hidden.index_select(0, ours)),
+        order = torch.cat([ours, rest])
+        total, aligned, gold = sum_over_tokens(
+            self._terms,
+            student.logits(student.hidden.index_select(0, order)),
             teacher.logits(teacher.hidden.index_select(0, theirs)),
-        )
-        (gold,) = sum_over_tokens(
-            self._cross_entropy,
-            student.logits(student.hidden.index_select(0, rest)),
-            others=[student.targets.index_select(0, rest)],
+            others=[student.targets.index_select(0, order)],
         )
         share = torch.tensor([len(ours), len(student.targets)], dtype=torch.float32)
         return KDLoss(
-            aligned + gold,
-            {"kd/aligned": aligned.detach(), "kd/gold": gold.detach()},
+            total,
+            {"kd/aligned": aligned, "kd/gold": gold},
             {"mined/aligned_share": share.to(gold.device)},
         )
 
-    def _moved_kl(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor]:
-        moved = theirs.index_select(1, self.source) / self.temperature
-        log_q = (ours / self.temperature).log_softmax(-1).index_select(1, self.reached)
-        return (forward_kl(moved.log_softmax(-1), log_q).sum(),)
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor]:
-        return (F.cross_entropy(logits / self.temperature, targets, reduction="sum"),)
+    def _terms(self, ours: Tensor, theirs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        n = len(theirs)  # ours are aligned so far
+        log_q = (ours / self.temperature).log_softmax(-1)
+        log_p = (theirs.index_select(1, self.source) / self.temperature).log_softmax(-1)
+        aligned = forward_kl(log_p, log_q[:n].index_select(1, self.reached)).sum()
+        gold = F.nll_loss(log_q[n:], targets[n:], reduction="sum")
+        return aligned + gold, aligned, gold
 
 
 def _bytes(token: str, byte_level: bool) -> bytes:
