@@ -16,10 +16,10 @@ and backwards, with every plan divided by its own column (T') or row (T) sums:
 
 S is replaced by p once and then only read: a program holds whole rows in registers, so that one
 read gives a row its new potential and its part of the next column sums. Vectors and their history,
-2 K (N + M) floats, are the only other memory. Two regimes (LOG): while 1/epsilon <= 64 the
-potentials are kept as u = exp(f), v = exp(g); above, they are logarithms, a row's sum is taken
-relative to its largest entry, and a column's potential is corrected by the column sums of the last
-plan, which lie between 1/(N M) and 1. Either way an entry costs one exp a read.
+2 K (N + M) floats (M rounded up to a tile), are the only other memory. Two regimes (LOG): while
+1/epsilon <= 64 the potentials are kept as u = exp(f), v = exp(g); above, they are logarithms, a
+row's sum is taken relative to its largest entry, and a column's potential is corrected by the
+column sums of the last plan, which lie between 1/(N M) and 1.
 
 Many problems are solved side by side, a program each, all iterations in one launch; few large ones
 by many programs each, with two launches an iteration. Sums over programs are taken in a fixed order
@@ -673,7 +673,7 @@ def solve(
         iterations: int32 [Q].
     bounds: no problem has more rows or columns; configuration and scratch depend on these and Q.
     floor: problems within these rows and columns are skipped, as are those without rows or columns:
-        nothing is written for either.
+        nothing is written for either, so the outputs come filled with zeros.
     gradient: "none", "unrolled", "implicit" or "detached".
 
     Raises ValueError where bounds[1] > MAX_COLS.
@@ -725,7 +725,6 @@ def solve(
         "tol": float(tol) if tol > 0 else -1.0,
         "sharpness": 1 / epsilon,
     }
-
     settings = constants(tile, 1 / epsilon > LARGEST_SHARPNESS, gradient)
 
     def launch(kernel: Any, *grid: int, **more: int) -> None:
