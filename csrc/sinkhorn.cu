@@ -525,10 +525,10 @@ class Solver {
       for (int position = 0; position < resident; position += batch)
         if (row_of(position) < rows_) take_batch(resident_ + position, position);
       for (int position = resident; row_of(position) < rows_; position += batch) {
-        float e[batch][width] = {};
+        float e[batch][width];
 #pragma unroll
-        for (int r = 0; r < batch; ++r)
-          if (row_of(position + r) < rows_) load(e[r], matrix_row(position + r));
+        for (int r = 0; r < batch; ++r)  // any row where there is none: its value is 0
+          load(e[r], matrix_row(row_of(position + r) < rows_ ? position + r : position));
         take_batch(e, position);
       }
     }

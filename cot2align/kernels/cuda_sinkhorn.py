@@ -68,7 +68,7 @@ def solve(
     Raises ValueError for tensors or settings that the kernel cannot take, and RuntimeError where it
     was not built or CUDA refuses the launch.
     """
-    if _native is None or "cuda_solve" not in dir(_native):
+    if not hasattr(_native, "cuda_solve"):
         raise RuntimeError(missing() or "the native module was built without CUDA")
     count = len(weights)
     expected = {
