@@ -420,7 +420,9 @@ def tiles_for(gradient: str, logarithmic: bool, capability: int) -> tuple[Tile, 
         return (*TILES, Tile(128, 128, 8 if capability == 9 else 16))
     if capability >= 10 and (gradient == "implicit" or (gradient == "unrolled" and logarithmic)):
         return TILES[:1]
-    return TILES[:2] if gradient == "implicit" else TILES  # implicit: matrices of double precision
+    # The implicit gradient's matrices are of double precision.
+    spills = gradient == "implicit" or (gradient == "detached" and logarithmic)
+    return TILES[:2] if spills else TILES
 
 
 STAGES = 3
