@@ -21,7 +21,7 @@ class Case:
     n: int
     m: int
     width: int = 256
-    teacher_width: int = 512
+    teacher_width: int | None = 512  # None: the student's, and no projection
     epsilon: float = 0.1
     num_iters: int = 100
     tol: float = 0.0
@@ -45,11 +45,14 @@ class Case:
         dtype = getattr(torch, self.dtype)
         tensors: Tensors = {
             "student": (3 * normal(self.problems, self.n, self.width)).to(dtype),
-            "teacher": normal(self.problems, self.m, self.teacher_width).to(dtype),
-            "projection": normal(self.teacher_width, self.width) / self.teacher_width**0.5,
+            "teacher": normal(self.problems, self.m, self.teacher_width or self.width).to(dtype),
+            "projection": None,
             "student_mask": masks[0],
             "teacher_mask": masks[1],
         }
+        if self.teacher_width is not None:
+            projection = normal(self.teacher_width, self.width) / self.teacher_width**0.5
+            tensors["projection"] = projection
         return {name: None if t is None else t.to(device) for name, t in tensors.items()}
 
     def shape(self) -> str:
@@ -71,7 +74,7 @@ class Case:
             if mask is not None:
                 lengths.copy_(mask.sum(1))
         entries = float((rows * cols).sum())
-        project = 2 * 2 * self.width * self.teacher_width * float(cols.sum())
+        project = 2 * 2 * self.width * (self.teacher_width or 0) * float(cols.sum())
         return project + 3 * 2 * self.width * entries + self.num_iters * 6 * 2 * entries
 
 
@@ -107,6 +110,9 @@ _GPU = Case("", "gpu", 64, 512, 512, width=1024, teacher_width=2048, dtype="bflo
 CASES = {
     case.name: case
     for case in [
+        Case("64x128x128-unprojected", "main", 64, 128, 128, teacher_width=None),
+        Case("8x256x256-unprojected", "main", 8, 256, 256, teacher_width=None),
+        Case("4x512x512-unprojected", "main", 4, 512, 512, teacher_width=None),
         Case("64x128x128", "main", 64, 128, 128),
         Case("8x256x256", "main", 8, 256, 256),
         Case("4x512x512", "main", 4, 512, 512),

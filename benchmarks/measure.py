@@ -24,20 +24,18 @@ import cot2align
 from benchmarks.cases import CASES, Case, Tensors
 from benchmarks.ways import WAYS, Way
 
-FLOATS = ("student", "teacher", "projection")
+TRAINED = ("student", "projection")
 # An error of the gradient, relative to its norm, beyond which a way has not computed this loss.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 
 
-def forward_backward(way: Way, case: Case, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss, dX, dP."""
-    student, projection = tensors["student"], tensors["projection"]
-    assert student is not None
-    assert projection is not None
-    leaves = [student.detach().requires_grad_(), projection.detach().requires_grad_()]
-    loss = way.run(case, tensors | {"student": leaves[0], "projection": leaves[1]})
-    return (loss.detach(), *torch.autograd.grad(loss, leaves))
+def forward_backward(way: Way, case: Case, tensors: Tensors) -> tuple[Tensor, ...]:
+    """-> loss, dX and, with a projection, dP."""
+    trained = {n: t for n, t in tensors.items() if n in TRAINED and t is not None}
+    leaves = {name: t.detach().requires_grad_() for name, t in trained.items()}
+    loss = way.run(case, tensors | leaves)
+    return (loss.detach(), *torch.autograd.grad(loss, tuple(leaves.values())))
 
 
 def forward(way: Way, case: Case, tensors: Tensors) -> Tensor:
@@ -45,38 +43,41 @@ def forward(way: Way, case: Case, tensors: Tensors) -> Tensor:
         return way.run(case, tensors)
 
 
-def exact(case: Case, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+def exact(case: Case, tensors: Tensors) -> tuple[Tensor, ...]:
     """Loss, dX and dP in float64: all iterations (at `tol` > 0 too), log domain, problem by problem
     and recomputed iteration by iteration, so that the tape holds vectors only."""
     from cot2align.kernels.reference import _softmax_cost
 
-    x, y, p = (tensors[name] for name in FLOATS)
+    x, y, p = (tensors[name] for name in ("student", "teacher", "projection"))
     assert x is not None
     assert y is not None
-    assert p is not None
 
     def iterate(exponent: Tensor, f: Tensor) -> Tensor:
         g = -math.log(exponent.shape[1]) - torch.logsumexp(exponent + f[:, None], dim=0)
         return -math.log(exponent.shape[0]) - torch.logsumexp(exponent + g, dim=1)
 
-    projection = p.detach().double().requires_grad_()
-    total, dx = x.new_zeros((), dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
-    dp = torch.zeros_like(projection)
+    projection = None if p is None else p.detach().double().requires_grad_()
+    dx = torch.zeros_like(x, dtype=torch.float64)
+    total, dp = dx.new_zeros(()), None if projection is None else torch.zeros_like(projection)
     for b in tqdm(range(len(x)), desc=f"{case.name}: float64", leave=False, disable=None):
         leaf = x[b].detach().double().requires_grad_()
         rows, cols = leaf, y[b].double()
         if case.ragged:
             rows, cols = rows[tensors["student_mask"][b]], cols[tensors["teacher_mask"][b]]  # type: ignore[index]
-        cost = _softmax_cost(rows @ (cols @ projection).T / math.sqrt(x.shape[-1]))
+        if projection is not None:
+            cols = cols @ projection
+        cost = _softmax_cost(rows @ cols.T / math.sqrt(x.shape[-1]))
         exponent, f = -cost / case.epsilon, torch.zeros_like(cost[:, 0])
         for _ in range(case.num_iters - 1):
             f = checkpoint(iterate, exponent, f, use_reentrant=False)  # type: ignore[assignment]
         g = -math.log(cost.shape[1]) - torch.logsumexp(exponent + f[:, None], dim=0)
         plan = torch.softmax(exponent + g, dim=1) / len(cost)
         loss = (plan * cost).sum() / len(x)
-        dx[b], dp_b = torch.autograd.grad(loss, (leaf, projection))
-        total, dp = total + loss.detach(), dp + dp_b
-    return total, dx, dp
+        leaves = (leaf,) if projection is None else (leaf, projection)
+        dx[b], *rest = torch.autograd.grad(loss, leaves)
+        total = total + loss.detach()
+        dp = None if dp is None else dp + rest[0]
+    return (total, dx) if dp is None else (total, dx, dp)
 
 
 def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[float, float]:
@@ -122,6 +123,7 @@ def measure(case: Case, device: str, repeats: int, memory: bool) -> list[dict[st
     """One row for each way that can; the ways take turns."""
     if case.threads:
         torch.set_num_threads(case.threads)
+    torch.compiler.reset()  # its limit of recompilations is over all cases
     tensors = case.make(device)
     ways = {
         name: way
@@ -147,7 +149,7 @@ def measure(case: Case, device: str, repeats: int, memory: bool) -> list[dict[st
                     run()
     peaks = {name: peak_mib(case.name, name, device) if memory else math.nan for name in ways}
     rows = []
-    bound = bound_ms(case, tensors) if device == "cpu" else math.nan
+    at_matmul_rate = matmul_ms(case, tensors) if device == "cpu" else math.nan
     for name, (loss_error, gradient_error) in checked.items():
         right = max(loss_error, gradient_error) < TOLERANCE[case.dtype]
         row: dict[str, object] = {"case": case.name, "group": case.group, "way": name}
@@ -161,7 +163,7 @@ def measure(case: Case, device: str, repeats: int, memory: bool) -> list[dict[st
             row
             | {
                 "peak_mib": f"{peaks[name]:.4g}",
-                "bound_ms": f"{bound:.4g}",
+                "matmul_ms": f"{at_matmul_rate:.4g}",
                 "loss_error": f"{loss_error:.1e}",
                 "gradient_error": f"{gradient_error:.1e}",
                 "right": right,
@@ -224,17 +226,17 @@ def peak_here(case_name: str, way_name: str, device: str) -> float:
 
 
 @cache
-def fma_rate(threads: int) -> float:
-    """FLOP/s of float32 matrix products of this machine with this many threads: the best of ten."""
+def matmul_rate(threads: int) -> float:
+    """FLOP/s of PyTorch's float32 matrix products with this many threads: the best of 30."""
     a, b = torch.randn(2, 1024, 1024)
     run = timer(lambda: a @ b, "cpu")
     run()
-    return 2 * 1024**3 / (1e-3 * min(run() for _ in range(10)))
+    return 2 * 1024**3 / (1e-3 * min(run() for _ in range(30)))
 
 
-def bound_ms(case: Case, tensors: Tensors) -> float:
-    """The arithmetic of forward + backward at the rate of this machine's matrix products."""
-    return 1e3 * case.flops(tensors) / fma_rate(torch.get_num_threads())
+def matmul_ms(case: Case, tensors: Tensors) -> float:
+    """What the arithmetic of forward + backward would take at the rate of matrix products."""
+    return 1e3 * case.flops(tensors) / matmul_rate(torch.get_num_threads())
 
 
 def surroundings(device: str) -> dict[str, str]:

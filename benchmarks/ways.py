@@ -53,13 +53,18 @@ def _through(function: Callable[..., Tensor], **fixed: Any) -> Callable[[Case, T
     return run
 
 
+def _projected(teacher: Tensor | None, projection: Tensor | None) -> Tensor:
+    assert teacher is not None
+    return teacher.float() if projection is None else teacher.float() @ projection.float()
+
+
 def _cost(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """-> 1 - softmax(S) [B, N, M] in float32, masses a [B, N] and b [B, M], 0 where masked."""
-    x, y, p = (tensors[name] for name in ("student", "teacher", "projection"))
+    x, y = tensors["student"], tensors["teacher"]
     assert x is not None
     assert y is not None
-    assert p is not None
-    similarity = x.float() @ (y.float() @ p.float()).mT / math.sqrt(x.shape[-1])
+    z = _projected(y, tensors["projection"])
+    similarity = x.float() @ z.mT / math.sqrt(x.shape[-1])
     masses = []
     for name, tokens in (("student_mask", x), ("teacher_mask", y)):
         mask = tensors[name]
@@ -103,18 +108,17 @@ def compiled(case: Case, tensors: Tensors) -> Tensor:
 def authors_loop(case: Case, tensors: Tensors) -> Tensor:
     """The way of the authors' code: sample by sample, plain domain, 1e-9 added to each denominator,
     a test of convergence on the host after every iteration."""
-    x, y, p = (tensors[name] for name in ("student", "teacher", "projection"))
+    x, y = tensors["student"], tensors["teacher"]
     assert x is not None
     assert y is not None
-    assert p is not None
-    losses = []
+    p, losses = tensors["projection"], []
     for sample in range(len(x)):
         s, t = x[sample].float(), y[sample].float()
         for name in ("student_mask", "teacher_mask"):
             mask = tensors[name]
             if mask is not None:
                 s, t = (s[mask[sample]], t) if name[0] == "s" else (s, t[mask[sample]])
-        cost = 1 - torch.softmax(s @ (t @ p.float()).mT / math.sqrt(s.shape[1]), dim=-1)
+        cost = 1 - torch.softmax(s @ _projected(t, p).mT / math.sqrt(s.shape[1]), dim=-1)
         kernel = torch.exp(-cost / case.epsilon)
         a, b = torch.full_like(s[:, 0], 1 / len(s)), torch.full_like(t[:, 0], 1 / len(t))
         u = torch.ones_like(a)

@@ -17,12 +17,14 @@ from cot2align import fused_ot_loss
 
 ROOT = Path(__file__).parents[1]
 SMALL = Case("small", "main", 3, 9, 12, width=8, teacher_width=6, num_iters=5)
+PLAIN = Case("small-plain", "main", 2, 9, 12, width=8, teacher_width=None, num_iters=5)
 RAGGED = Case("small-ragged", "main", 3, 30, 40, 8, 6, num_iters=5, ragged=True)
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(CASES, "small", SMALL)
+    monkeypatch.setitem(CASES, "small-plain", PLAIN)
     monkeypatch.setitem(CASES, "small-ragged", RAGGED)
     for name in ("compile", "pot", "geomloss"):
         monkeypatch.delitem(WAYS, name)
@@ -30,7 +32,7 @@ def small(monkeypatch):
 
 def test_every_way_agrees_with_float64(small, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "small.csv"
-    arguments = ["run", "small", "small-ragged", "--no-memory", "--repeats", "2"]
+    arguments = ["run", "small", "small-plain", "small-ragged", "--no-memory", "--repeats", "2"]
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--out", str(out)])
     assert main() == 0
     rows = report.read(out)
