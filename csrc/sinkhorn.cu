@@ -37,51 +37,6 @@
 namespace cot2align {
 namespace {
 
-template <class Real>
-struct alignas(16) Quad {
-  Real at[4];
-};
-
-#ifdef __CUDACC__
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ __forceinline__ char* shared_memory() {
-  extern __shared__ Quad<float> bytes[];
-  return reinterpret_cast<char*>(bytes);
-}
-__device__ __forceinline__ void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
-// What another block of the cluster has at this place of its shared memory. Volatile: addresses
-// that the compiler keeps for the next time cost more registers than there are.
-template <class T>
-__device__ __forceinline__ T of_block(const T* mine, int rank) {
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine));
-  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
-  union {
-    T value;
-    unsigned long long wide;
-    unsigned narrow;
-  } of{};
-  if constexpr (sizeof(T) == 8)
-    asm volatile("ld.shared::cluster.b64 %0, [%1];" : "=l"(of.wide) : "r"(address) : "memory");
-  else asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(of.narrow) : "r"(address) : "memory");
-  return of.value;
-}
-#endif
-__device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
-__device__ __forceinline__ float power_of_2(float x) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  return power;
-}
-__device__ __forceinline__ void copy_async(float* shared, const float* global) {  // 4 floats
-  __pipeline_memcpy_async(shared, global, 16);
-}
-__device__ __forceinline__ void copies_done() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-}
-#endif
-
-constexpr float never = -1e30f;  // a logarithm of nothing that stays finite under addition
 // 1/epsilon up to which products of E's, u's and v's entries fit in float.
 constexpr float largest_exponent = 64;
 constexpr int largest_cluster = 8;
@@ -115,6 +70,51 @@ constexpr int64_t matrix_size(int ld, int band, int resident_rows) {
   const int64_t staged = 4 * (int64_t{ld} + band) + 16;  // `correct` reads past the last row
   return kept > staged ? kept : staged;
 }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+template <class Real>
+struct alignas(16) Quad {
+  Real at[4];
+};
+
+#ifdef __CUDACC__
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ Quad<float> bytes[];
+  return reinterpret_cast<char*>(bytes);
+}
+__device__ __forceinline__ void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
+// What another block of the cluster has at this place of its shared memory. Volatile: addresses
+// that the compiler keeps for the next time cost more registers than there are.
+template <class T>
+__device__ __forceinline__ T of_block(const T* mine, int rank) {
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine));
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+  union {
+    T value;
+    unsigned long long wide;
+    unsigned narrow;
+  } of{};
+  if constexpr (sizeof(T) == 8)
+    asm volatile("ld.shared::cluster.b64 %0, [%1];" : "=l"(of.wide) : "r"(address) : "memory");
+  else asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(of.narrow) : "r"(address) : "memory");
+  return of.value;
+}
+__device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ float power_of_2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+__device__ __forceinline__ void copy_async(float* shared, const float* global) {  // 4 floats
+  __pipeline_memcpy_async(shared, global, 16);
+}
+__device__ __forceinline__ void copies_done() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+#endif
+
+constexpr float never = -1e30f;  // a logarithm of nothing that stays finite under addition
 
 struct Pair {
   float first, second;
@@ -604,6 +604,16 @@ class Solver {
 #pragma unroll
     for (int s = 0; s < strips; ++s) set_strip(of_warp<double>(), s, Quad<double>{});
   }
+  template <class Term>
+  __device__ __forceinline__ void add_to_sums(Term term) const {
+#pragma unroll
+    for (int s = 0; s < strips; ++s) {
+      auto sum = strip(of_warp<double>(), s);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.at[j] += term(4 * s + j);
+      set_strip(of_warp<double>(), s, sum);
+    }
+  }
 
   // The loss; the rows' mass T 1 and mean cost W 1 / T 1, and the column sums of T * (C - the row's
   // mean): T's rows sum to 1/N but for rounding, and C - mean cancels where a row goes to one
@@ -632,14 +642,7 @@ class Solver {
       const double mean = weighted / mass;
       loss += weighted;
       if (lane_ == 0) mean_cost()[i] = mean, row_mass()[i] = mass;
-#pragma unroll
-      for (int s = 0; s < strips; ++s) {
-        auto sum = strip(of_warp<double>(), s);
-#pragma unroll
-        for (int j = 0, c = 4 * s; j < 4; ++j, ++c)
-          sum.at[j] += t[c] * (cost<double>(p[c], c, i) - mean);
-        set_strip(of_warp<double>(), s, sum);
-      }
+      add_to_sums([&](int c) { return t[c] * (cost<double>(p[c], c, i) - mean); });
     }
     loss = block_sum(lane_ == 0 ? loss : 0);
     if (thread_ == 0) *block_loss() = loss;
@@ -759,13 +762,7 @@ class Solver {
         }
       }
       const double value = row(i, warp_sum(dot));
-#pragma unroll
-      for (int s = 0; s < strips; ++s) {
-        auto sum = strip(of_warp<double>(), s);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum.at[j] += value * t[4 * s + j];
-        set_strip(of_warp<double>(), s, sum);
-      }
+      add_to_sums([&](int c) { return value * t[c]; });
     });
   }
 
@@ -967,6 +964,7 @@ class Solver {
   float* const history_;     // of the problem, null without
   float resident_[resident][width] = {};
 };
+#endif
 
 template <bool logarithmic, int strips, int warps, int resident>
 __global__ void __launch_bounds__(32 * warps, 1) sinkhorn_cluster(const Launch in) {
@@ -977,7 +975,7 @@ __global__ void __launch_bounds__(32 * warps, 1) sinkhorn_cluster(const Launch i
 
 #ifdef __CUDACC__
 constexpr int warps = 8;
-constexpr int64_t shared_limit = 227 * 1024;  // of a block, on sm_90 and sm_100
+constexpr int shared_limit = 227 * 1024;  // of a block, on sm_90 and sm_100
 
 struct Configuration {
   int max_m, resident;
@@ -1064,8 +1062,8 @@ void cuda_solve(const CudaProblems& problems, const CudaSettings& settings,
   config.numAttrs = 1;
 
   check(cudaSetDevice(device), "cudaSetDevice");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(choice.shared_bytes)),
+  // The same for every launch: another thread's may come between this and ours.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit),
         "cudaFuncSetAttribute");
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");

@@ -12,8 +12,6 @@ is read from a device to choose. `python -m cot2align.doctor` prints the table f
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import os
 from typing import NamedTuple
@@ -23,6 +21,7 @@ import torch
 from cot2align.kernels import native
 
 ONE_LAUNCH = (64, 128)  # the largest problem of triton_sinkhorn.TILES
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 SMALLEST_CAPABILITY = (8, 0)  # for which Triton's configurations are compiled and checked
 
 
@@ -95,14 +94,12 @@ def _candidate(backend: str, device: Device, rows: int, cols: int) -> Candidate:
 
 
 def _triton_lacks(device: Device, rows: int, cols: int) -> str | None:
-    if not _has_triton():
+    if not HAS_TRITON:
         return "Triton is not installed"
     if device.type != "cuda":
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return None
-        return (
-            "it takes CUDA tensors, and others under TRITON_INTERPRET=1, set before the import"
-        )
+        return "it takes CUDA tensors, and others under TRITON_INTERPRET=1, set before the import"
     if device.capability < SMALLEST_CAPABILITY:
         return "it needs compute capability {}.{}, this is {}.{}".format(
             *SMALLEST_CAPABILITY, *device.capability
@@ -117,11 +114,14 @@ def _triton_lacks(device: Device, rows: int, cols: int) -> str | None:
 def _cuda_lacks(device: Device, rows: int, cols: int) -> str | None:
     if lacking := _triton_lacks(device, rows, 0):
         return f"its similarities and products come from Triton: {lacking}"
+    if torch.compiler.is_compiling():  # no C++ call, with sizes that may be symbols: asked when run
+        return _triton_lacks(device, rows, cols)
     from cot2align.kernels import cuda_sinkhorn
 
     return cuda_sinkhorn.fits(rows, cols, device.capability)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def gradient_dtype(tokens: torch.dtype) -> torch.dtype:
+    """Of the tokens' gradients before they are scaled: float16's would be below its range, since
+    1 / (problems * rows) is a factor of theirs and a loss scale is not yet."""
+    return torch.float32 if tokens == torch.float16 else tokens

@@ -596,7 +596,7 @@ class _WeightedLoss(torch.autograd.Function):
             ctx.save_for_backward(dx, dz)
         else:
             loss, iterations, marginal_error = _ot_loss(*problem, *how)
-        ctx.others = len(arguments) - 2
+        ctx.others, ctx.dtype = len(arguments) - 2, problem[0].dtype
         ctx.mark_non_differentiable(loss, iterations, marginal_error)
         return weights @ loss, loss, iterations, marginal_error
 
@@ -604,7 +604,8 @@ class _WeightedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dx, dz = ctx.saved_tensors
-        dx, dz = upstream * dx if ctx.need_x else None, upstream * dz if ctx.need_z else None
+        dx = (upstream * dx).to(ctx.dtype) if ctx.need_x else None
+        dz = (upstream * dz).to(ctx.dtype) if ctx.need_z else None
         return dx, dz, *(None,) * ctx.others
 
 
@@ -626,8 +627,8 @@ class _Losses(torch.autograd.Function):
         need_x, need_z = ctx.settings[-2:]
         weights = upstream.contiguous()
         *_, dx, dz = _ot_loss_gradient(*ctx.saved_tensors, weights, *ctx.settings)
-        others = (None,) * (4 + len(ctx.settings))
-        return dx if need_x else None, dz if need_z else None, *others
+        others, dtype = (None,) * (4 + len(ctx.settings)), ctx.saved_tensors[0].dtype
+        return dx.to(dtype) if need_x else None, dz.to(dtype) if need_z else None, *others
 
 
 def _run(
@@ -637,11 +638,15 @@ def _run(
         return native.ot_loss(*problem, **how)
     from cot2align.kernels import triton_sinkhorn
 
+    core = "cuda" if "cuda" in backend else "triton"
+    device = backends.Device.of(problem[0].device)
+    if backend == "triton+cuda" and backends.refusal("cuda", device, *bounds):
+        core = "triton"  # chosen where the sizes were symbols
     return triton_sinkhorn.ot_loss(
         *problem,
         bounds=bounds,
         entries=entries,
-        core="cuda" if "cuda" in backend else "triton",
+        core=core,
         fused=backend != "cuda",
         **how,
     )
@@ -718,8 +723,9 @@ def _(
     x: Tensor, z: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, weights: Tensor, *how: Any
 ) -> tuple[Tensor, ...]:
     per_problem = x.new_empty(pairs.shape[0], dtype=torch.float32)
-    dx = torch.empty_like(x) if how[-2] else x.new_empty(0)
-    dz = torch.empty_like(z) if how[-1] else z.new_empty(0)
+    dtype = backends.gradient_dtype(x.dtype)
+    dx = torch.empty_like(x, dtype=dtype) if how[-2] else x.new_empty(0, dtype=dtype)
+    dz = torch.empty_like(z, dtype=dtype) if how[-1] else z.new_empty(0, dtype=dtype)
     integers = per_problem.to(torch.int32)
     return per_problem, integers, torch.empty_like(per_problem), dx, dz
 
@@ -754,7 +760,7 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     mm_takes_dtype = "dtype" in torch.ops.aten.mm.overloads()  # PyTorch 2.8
     if a.is_cuda and a.dtype != torch.float32 and mm_takes_dtype and a.numel() > 0:
         return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
-    with _full_precision():
+    with _full_precision(), torch.autocast(a.device.type, enabled=False):
         return (a.float() @ b.float()).to(dtype)
 
 

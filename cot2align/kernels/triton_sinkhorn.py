@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cot2align.kernels.backends import gradient_dtype
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # 1/epsilon up to which products of E's, u's and v's entries fit in float32.
@@ -470,7 +472,7 @@ def ot_loss(
     fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, num_iters, marginal_error [problems]; the gradients of sum(weights * loss) for x
-    and z, in their dtype, else [0].
+    and z, in their `gradient_dtype`, else [0].
 
     bounds: numbers of student and teacher tokens that no problem exceeds; one that does gets loss
         NaN and no gradient.
@@ -561,7 +563,7 @@ def ot_loss(
                 marginal_error=marginal_error,
             )
         problems = (firsts, shapes, offsets)
-        dx = dz = x.new_empty(0)
+        dx = dz = x.new_empty(0, dtype=gradient_dtype(x.dtype))
         if gradient != "none" and need_x:
             dx = _product(matrix, z, x, segments_x, pairs[:, 0], problems, max_n, scale, False)
         if gradient != "none" and need_z:
@@ -586,7 +588,7 @@ def _product(
     transposed: bool,
 ) -> Tensor:
     """The gradient of the tokens `like`; 0 for those of no problem."""
-    output = torch.zeros_like(like)
+    output = torch.zeros_like(like, dtype=gradient_dtype(like.dtype))
     by_segment = segment_of.argsort(stable=True)
     bins = torch.arange(len(segments) + 1, device=like.device)
     starts = torch.searchsorted(segment_of[by_segment], bins)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cot2align import OTLoss, fused_ot_loss, fused_ot_loss_varlen, sinkhorn_plan
-from cot2align.kernels import native, ot_loss, reference
+from cot2align.kernels import backends, native, ot_loss, reference
 from tests.kernels import direct
 
 # The error that float32 PyTorch itself makes is 3e-6 to 3e-5 at these settings (see the test of
@@ -387,6 +387,30 @@ def test_mixed_dtypes_and_autocast(backend):
         assert direct.relative(leaf.grad.double(), want) < rounding
 
 
+def test_autocast_leaves_the_backward_pass_alone():
+    x, y, p = (t.float() for t in direct.problem(20, 30))
+    p.requires_grad_()
+    (expected,) = torch.autograd.grad(fused_ot_loss(x[None], y[None], p), p)
+    loss = fused_ot_loss(x[None], y[None], p)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(loss, p)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_scale_keeps_float16_gradients_in_range(backend, reduction):
+    # Small teacher tokens make small gradients for the student's.
+    x, y, p = (t.half().to(device_of(backend)) for t in direct.problem(20, 30))
+    x, y = (x[None] * 2**10).requires_grad_(), y[None] / 2**10
+
+    def gradient(backend):
+        loss = fused_ot_loss(x, y, p, num_iters=5, reduction=reduction, backend=backend)
+        return torch.autograd.grad(2**16 * loss.sum(), x)[0].double()
+
+    assert direct.relative(gradient(backend), gradient("reference")) < 5e-3
+
+
 @pytest.mark.parametrize("backend", [None, TRITON])
 def test_a_projection_on_either_side_is_the_same(backend):
     # Few student tokens: X P^T is cheaper than Y P.
@@ -476,6 +500,19 @@ def test_compiles_without_graph_breaks(backend, reduction):
     assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
     for have, want in zip(got[1], expected[1], strict=True):
         assert direct.relative(have, want) < 1e-5
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the choice is then another")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_choice_for_a_gpu_compiles_without_graph_breaks(dynamic):
+    h200 = backends.Device("cuda", (9, 0))
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="eager")
+    def chosen(tokens):
+        return tokens + (backends.choose(h200, *tokens.shape).backend == "cuda")
+
+    for size, cuda in [((64, 128), 0), ((512, 500), 1), ((65, 20), 1)]:
+        assert (chosen(torch.zeros(size)) == cuda).all()
 
 
 def test_memory_stays_with_a_few_matrices_a_thread():

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cot2align.kernels import native, reference
+from cot2align.kernels import backends, native, reference
 from cot2align.kernels import triton_sinkhorn as sinkhorn
 from tests.kernels import direct
 
@@ -127,7 +127,7 @@ def test_16_bit_tokens(dtype, n, m):
     weight = torch.tensor([1e-3])  # dS is small for float16
     got = solve((x, 32 * z, *rest, weight), dtype, scale=0.4 / 32)
     loss, dx, dz = expected((x, z, *rest, weight))
-    assert got[3].dtype == got[4].dtype == dtype
+    assert got[3].dtype == got[4].dtype == backends.gradient_dtype(dtype)
     assert abs(got[0] - loss) <= 1e-5 * loss  # S is not rounded to 16 bits
     kind = torch.finfo(dtype)
     for have, exact in ((got[3], dx), (32 * got[4].float(), dz)):
@@ -265,8 +265,8 @@ def test_compiles_without_spills(capability):
     from tests.kernels.compiled import SHARED_MEMORY, compile
 
     for kernel, dtype, constants, how in chosen(capability):
-        tokens = dict.fromkeys(("x", "z", "right", "output"), f"*{NAMES[dtype]}")
-        types = {**TYPES, **tokens}
+        tokens = dict.fromkeys(("x", "z", "right"), f"*{NAMES[dtype]}")
+        types = {**TYPES, **tokens, "output": f"*{NAMES[backends.gradient_dtype(dtype)]}"}
         signature = {
             name: types.get(name, "i32") for name in kernel.arg_names if name not in constants
         }
