@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, report
+from benchmarks import check, measure, report
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case
 from benchmarks.ways import WAYS, Way
@@ -97,3 +97,22 @@ def test_results_have_one_schema():
     files = sorted((ROOT / "benchmarks/results").glob("*.csv"))
     heads = {path.name: next(csv.reader(path.open(newline=""))) for path in files}
     assert len({tuple(head) for head in heads.values()}) == 1, heads
+
+
+def test_check_spares_a_backend_the_sizes_that_it_does_not_take(monkeypatch, capsys):
+    checked = set()
+
+    def record(student, teacher, *tensors, backend, **settings):
+        if backend == "native":
+            checked.add((student.shape[1], teacher.shape[1]))
+        return fused_ot_loss(student, teacher, *tensors, backend=backend, **settings)
+
+    monkeypatch.setattr(check, "SIZES", [(3, 4), (5, 6)])
+    monkeypatch.setattr(check, "fused_ot_loss", record)
+    monkeypatch.setattr(check, "refusal", lambda *what: "large" if what[2:] == (5, 6) else None)
+    try:
+        assert check.run("cpu", ["native"], small=False) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert checked == {(3, 4)}
+    assert "0 failures" in capsys.readouterr().out
