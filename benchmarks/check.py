@@ -25,15 +25,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH, TEACHER_WIDTH = 48, 80
 
 
-def problem(n: int, m: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> list:
+def problem(
+    n: int, m: int, dtype: torch.dtype, device: str, generator: torch.Generator, projected: bool
+) -> list:
     x = 2 * torch.randn(2, n, WIDTH, generator=generator)
-    y = torch.randn(2, m, TEACHER_WIDTH, generator=generator)
-    p = torch.randn(TEACHER_WIDTH, WIDTH, generator=generator) / TEACHER_WIDTH**0.5
+    y = torch.randn(2, m, TEACHER_WIDTH if projected else WIDTH, generator=generator)
+    tokens = [x, y]
+    if projected:
+        p = torch.randn(TEACHER_WIDTH, WIDTH, generator=generator) / TEACHER_WIDTH**0.5
+        tokens.append(p)
     masks = []
     for size in (n, m):  # the second problem is shorter, wherever it can be
         lengths = torch.tensor([[size], [max(1, size - size // 3)]])
         masks.append((torch.arange(size) < lengths).to(device))
-    return [t.to(device, dtype) for t in (x, y, p)] + masks
+    return [t.to(device, dtype) for t in tokens] + masks
 
 
 def gradients(tensors: list, dtype: torch.dtype, **settings) -> tuple[Tensor, list[Tensor]]:
@@ -68,7 +73,9 @@ def run(device: str, backends: list[str], small: bool) -> int:
     failures = 0
     largest = dict.fromkeys(backends, 0.0)
     for size, epsilon, grad, dtype, tol in tqdm(list(checks(device, small)), disable=None):
-        tensors = problem(*size, dtype, device, generator)
+        # Projected tokens are rounded to their 16 bits, which a small epsilon magnifies.
+        projected = dtype == torch.float32 or epsilon >= 0.1
+        tensors = problem(*size, dtype, device, generator, projected)
         settings = {"epsilon": epsilon, "num_iters": 12, "tol": tol, "grad": grad}
         want = gradients(tensors, torch.float64, **settings)
         # With one token on a side the gradient is 0, and what remains is rounding, over epsilon.
