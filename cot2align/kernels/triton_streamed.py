@@ -21,9 +21,9 @@ read gives a row its new potential and its part of the next column sums. Vectors
 row's sum is taken relative to its largest entry, and a column's potential is corrected by the
 column sums of the last plan, which lie between 1/(N M) and 1.
 
-Many problems are solved side by side, a program each, all iterations in one launch; few large ones
-by many programs each, with two launches an iteration. Sums over programs are taken in a fixed order
-and nothing is read by the host.
+Small problems are solved side by side in one launch, a program each; many larger ones with a launch
+for all iterations; few large ones by many programs each, with two launches an iteration. Sums over
+programs are taken in a fixed order and nothing is read by the host.
 """
 
 from __future__ import annotations
@@ -499,6 +499,48 @@ def _fixed_point_kernel(
         step += 1
 
 
+# ---- small problems: all of it by one program, grid (problems,)
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "num_iters"])
+def _whole_kernel(
+    similarity, shapes, offsets, order, weights, small_n, small_m, chunk, width_n, slots, max_parts,
+    rows, cols, x, y, w, partial, masses, losses, loss, iterations, marginal_error,
+    num_iters, tol, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr,
+    STAGES: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """The kernels above one after the other: what one writes, others of its threads read next."""
+    _softmax_kernel(
+        similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
+        rows, partial, iterations, sharpness, COLS, R, LOG,
+    )  # fmt: skip
+    tl.debug_barrier()
+    _iterate_kernel(
+        similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots, max_parts,
+        rows, cols, partial, iterations, marginal_error, num_iters, tol, sharpness,
+        COLS, R, LOG, STAGES,
+    )  # fmt: skip
+    tl.debug_barrier()
+    _finish_kernel(
+        similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
+        rows, cols, partial, masses, losses, iterations, sharpness, COLS, R, LOG, GRADIENT,
+    )  # fmt: skip
+    tl.debug_barrier()
+    _loss_kernel(shapes, order, small_n, small_m, chunk, max_parts, losses, loss, PARTS)
+    if GRADIENT == "unrolled":
+        _reverse_kernel(
+            similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots, max_parts,
+            rows, cols, x, y, partial, masses, iterations, sharpness, COLS, R, LOG, STAGES,
+        )  # fmt: skip
+        tl.debug_barrier()
+    if GRADIENT != "none":
+        _gradient_kernel(
+            similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
+            rows, cols, x, y, w, weights, iterations, sharpness, COLS, R, LOG, GRADIENT,
+        )  # fmt: skip
+
+
 # ---- few problems: two launches an iteration, over blocks of columns and of rows
 
 
@@ -618,6 +660,8 @@ BLOCK = 128  # columns that a program of the column launches adds up
 PARTS = 32  # partial sums that it reads at a time
 # Blocks of rows over all problems: two for each of an H200's 132 multiprocessors.
 PROGRAMS = 264
+# Up to this size one launch does it all: the launches would take longer than their work.
+WHOLE = 2**14
 # A program streams some 0.1 TB/s, all together 3 TB/s, and two launches cost 20 microseconds
 # (estimates): a program for each problem is faster from this many problems, or up to this size.
 MANY, SMALL = 32, 2**19
@@ -685,7 +729,10 @@ def solve(
     if problems == 0 or max_n == 0 or max_m == 0:
         return
     tile = min(cols for cols in TILES if cols >= max_m)
-    chunk = triton.cdiv(triton.cdiv(max_n * problems, PROGRAMS), TILES[tile]) * TILES[tile]
+    # The implicit gradient's doubles need more registers than the other steps have.
+    whole = max_n * max_m <= WHOLE and gradient != "implicit"
+    rows_each = max_n if whole else triton.cdiv(max_n * problems, PROGRAMS)
+    chunk = triton.cdiv(rows_each, TILES[tile]) * TILES[tile]
     parts = triton.cdiv(max_n, chunk)
     blocks = tile // BLOCK
     width_n = triton.cdiv(max_n, 16) * 16
@@ -734,6 +781,9 @@ def solve(
         kernel[grid](**arguments, **resources(kernel))
 
     with torch.cuda.device_of(similarity):
+        if whole:
+            launch(_whole_kernel, problems)
+            return
         launch(_softmax_kernel, problems, parts)
         if one_program_each:
             launch(_iterate_kernel, problems)

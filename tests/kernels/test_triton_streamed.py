@@ -40,11 +40,17 @@ def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["one_program", "many_programs"])
+WAYS = ["one_launch", "one_program", "many_programs"]
+all_ways = pytest.mark.parametrize("programs", WAYS, indirect=True)
+
+
+@pytest.fixture(params=["one_launch", "many_programs"])
 def programs(request, monkeypatch):
-    """Both ways to iterate, whatever the size; many_programs: one per block of rows."""
-    one = request.param == "one_program"
-    monkeypatch.setattr(triton_streamed, "MANY", 0 if one else math.inf)
+    """Ways to iterate, whatever the size. one_program: the steps of one_launch, a launch each (as
+    always for the implicit gradient); many_programs: one per block of rows."""
+    many = request.param == "many_programs"
+    monkeypatch.setattr(triton_streamed, "WHOLE", math.inf if request.param == "one_launch" else 0)
+    monkeypatch.setattr(triton_streamed, "MANY", math.inf if many else 0)
     monkeypatch.setattr(triton_streamed, "SMALL", 0)
     return request.param
 
@@ -152,6 +158,7 @@ def test_widths(programs, epsilon, m):
 
 
 @runs
+@all_ways
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_more_parts_than_are_read_at_once(programs, epsilon, monkeypatch):
     monkeypatch.setattr(triton_streamed, "PARTS", 2)
@@ -161,6 +168,7 @@ def test_more_parts_than_are_read_at_once(programs, epsilon, monkeypatch):
 
 
 @runs
+@all_ways
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_ragged(programs, epsilon):
     shapes = [(3, 5), (0, 4), (33, 7), (1, 6), (4, 0), (5, 1), (1, 1), (64, 2)]
@@ -290,14 +298,16 @@ def test_no_gradient(programs):
 
 
 @runs
+@all_ways
 @pytest.mark.parametrize(
-    ("gradient", "one", "many"), [("none", 4, 13), ("unrolled", 6, 22), ("implicit", 6, 15)]
+    ("gradient", "counts"),
+    [("none", (1, 4, 13)), ("unrolled", (1, 6, 22)), ("implicit", (6, 6, 15))],
 )
-def test_launches(programs, gradient, one, many):
-    """One launch for all iterations, or two each; one more pair sees the last column error."""
+def test_launches(programs, gradient, counts):
+    """One launch for all, or for all iterations, or two for each and for the last column error."""
     triton_streamed.launches.clear()
     solve([random(5, 6), random(4, 3)], 0.1, 4, gradient=gradient)
-    assert triton_streamed.launches.total() == (one if programs == "one_program" else many)
+    assert triton_streamed.launches.total() == counts[WAYS.index(programs)]
 
 
 @runs
@@ -328,6 +338,7 @@ def test_compiles_without_spills(capability, cols, monkeypatch):
     kinds = {
         "_finish_kernel": ["none", "unrolled", "implicit"],
         "_gradient_kernel": ["detached", "unrolled", "implicit"],
+        "_whole_kernel": ["none", "detached", "unrolled"],
     }
     for name, kernel in vars(triton_streamed).items():
         if not name.endswith("_kernel"):
