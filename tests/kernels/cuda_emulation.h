@@ -1,6 +1,8 @@
-// Enough of CUDA to run one cluster of blocks on the CPU: each thread is a fiber, and whichever
-// fiber is picked at random runs until it waits for others. This shows that the arithmetic and the
-// barriers are right, not that the launch, the memory model or the speed are.
+// Enough of CUDA to run one cluster of blocks on the CPU: each thread is a fiber, which runs until
+// it waits for others. Whose turn it is then the seed decides: where even, anyone's; where odd, one
+// of those who waited least long, so that warps and blocks run far ahead of each other. This shows
+// that the arithmetic and the barriers are right, not that the launch, the memory model or the
+// speed are.
 #pragma once
 
 #include <ucontext.h>
@@ -14,13 +16,6 @@
 #include <memory>
 #include <random>
 #include <vector>
-
-#ifdef __SANITIZE_THREAD__
-#include <sanitizer/tsan_interface.h>
-#define TSAN(statement) statement
-#else
-#define TSAN(statement)
-#endif
 
 #define __host__
 #define __device__
@@ -49,8 +44,9 @@ struct Warp {
 
 struct Block {
   Barrier barrier;
-  std::vector<double> memory;
+  std::vector<double> memory;  // gone once no thread is running
   std::vector<Warp> warps;
+  int running;
 };
 
 struct Fiber {
@@ -60,7 +56,6 @@ struct Fiber {
   Block* block;
   Warp* warp;
   int parity = 0;
-  void* tsan = nullptr;
 };
 
 constexpr size_t stack_size = 256 << 10;
@@ -69,42 +64,52 @@ inline Barrier cluster;
 inline std::vector<Fiber*> ready;
 inline Fiber* current;
 inline ucontext_t scheduler;
-inline void* scheduler_tsan;
 inline std::function<void()> body;
+inline std::minstd_rand random_number;
+inline bool latest_first;  // else at random
+
+// Leaves this fiber, or the scheduler, for one that is ready; for the scheduler where none is.
+inline void switch_from(ucontext_t& self) {
+  ucontext_t* to = &scheduler;
+  if (!ready.empty()) {
+    if (!latest_first) std::swap(ready[random_number() % ready.size()], ready.back());
+    current = ready.back();
+    ready.pop_back();
+    to = &current->context;
+  }
+  if (to != &self) swapcontext(&self, to);
+}
 
 inline void wait(Barrier& barrier) {
-  TSAN(__tsan_release(&barrier));
   barrier.waiting.push_back(current);
   if (static_cast<int>(barrier.waiting.size()) == barrier.size) {
     ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
     barrier.waiting.clear();
   }
-  Fiber* self = current;
-  TSAN(__tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync));
-  swapcontext(&self->context, &scheduler);
-  TSAN(__tsan_acquire(&barrier));
+  switch_from(current->context);
 }
 
-__attribute__((no_sanitize("thread"))) inline void start() {
+inline void start() {
   body();
-  TSAN(__tsan_release(&ready));
-  TSAN(__tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync));
+  Block& block = *current->block;
+  if (--block.running == 0) block.memory.assign(block.memory.size(), NAN);
 }
 
 // Runs `kernel` in the blocks first_block .. first_block + size - 1, which are one cluster; false
 // where threads are left waiting for each other.
 inline bool run_cluster(int first_block, int size, int threads, size_t shared_bytes, unsigned seed,
                         std::function<void()> kernel) {
-  std::minstd_rand random(seed);
+  random_number.seed(seed);
+  latest_first = seed % 2;
   std::vector<Fiber> fibers(size * threads);
   body = std::move(kernel);
   blocks.clear();
   for (int b = 0; b < size; ++b)
     blocks.push_back({{threads, {}},
                       std::vector<double>(shared_bytes / 8 + 1, NAN),
-                      std::vector<Warp>(threads / 32)});
+                      std::vector<Warp>(threads / 32),
+                      threads});
   cluster = {size * threads, {}};
-  TSAN(scheduler_tsan = __tsan_get_current_fiber());
   for (int f = 0; f < size * threads; ++f) {
     const unsigned b = f / threads, t = f % threads;
     Fiber& fiber = fibers[f];
@@ -116,23 +121,14 @@ inline bool run_cluster(int first_block, int size, int threads, size_t shared_by
     fiber.context.uc_stack.ss_size = stack_size;
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, start, 0);
-    TSAN(fiber.tsan = __tsan_create_fiber(0));
     ready.push_back(&fiber);
   }
-  while (!ready.empty()) {
-    std::swap(ready[random() % ready.size()], ready.back());
-    current = ready.back();
-    ready.pop_back();
-    TSAN(__tsan_switch_to_fiber(current->tsan, __tsan_switch_to_fiber_no_sync));
-    swapcontext(&scheduler, &current->context);
-  }
-  TSAN(__tsan_acquire(&ready));
+  while (!ready.empty()) switch_from(scheduler);
   bool stuck = !cluster.waiting.empty();
   for (Block& block : blocks) {
     stuck |= !block.barrier.waiting.empty();
     for (Warp& warp : block.warps) stuck |= !warp.barrier.waiting.empty();
   }
-  TSAN(for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.tsan));
   return !stuck;
 }
 
