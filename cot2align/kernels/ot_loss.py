@@ -99,7 +99,8 @@ def fused_ot_loss(
         weights = None
         if reduction != "none":
             weights = _reduction_weights(segments_x[:, 1], segments_y[:, 1], reduction)
-        sizes = _Sizes(*bounds, batch * bounds[0] * _padded(bounds[1]))
+        uniform = student_mask is None and teacher_mask is None
+        sizes = _Sizes(*bounds, batch * bounds[0] * _padded(bounds[1]), uniform)
         packed = (x, y, projection, segments_x, segments_y, pairs, weights)
         terms = _solve(*packed, sizes, settings, backend)
     return terms.loss if weights is None else terms.total
@@ -495,10 +496,11 @@ def _varlen(
             solved = reference.solve(x, y, projection, mask_x, mask_y, settings)
             total = solved.loss.sum() if weights is None else solved.loss @ weights.to(solved.loss)
             return OTTerms(total, *solved[2:])
-        if entries is None:
-            entries = len(pairs) * bounds[0] * _padded(bounds[1])
+        most = len(pairs) * bounds[0] * _padded(bounds[1])
+        uniform = entries == most
+        entries = most if entries is None else entries
         packed = (student, teacher, projection, segments_x, segments_y, pairs, weights)
-        return _solve(*packed, _Sizes(*bounds, entries), settings, backend)
+        return _solve(*packed, _Sizes(*bounds, entries, uniform), settings, backend)
 
 
 def _longest(segments: Tensor) -> int:
@@ -529,6 +531,7 @@ class _Sizes(NamedTuple):
     longest_x: int
     longest_y: int
     entries: int  # of all similarity matrices, their rows padded, at most
+    uniform: bool  # known to have the longest sizes, all of them
 
 
 def _padded(columns: Any) -> Any:
@@ -632,7 +635,7 @@ class _Losses(torch.autograd.Function):
 
 
 def _run(
-    backend: str, bounds: tuple[int, int], entries: int, *problem: Tensor, **how: Any
+    backend: str, sizes: _Sizes, *problem: Tensor, **how: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "native":
         return native.ot_loss(*problem, **how)
@@ -640,12 +643,14 @@ def _run(
 
     core = "cuda" if "cuda" in backend else "triton"
     device = backends.Device.of(problem[0].device)
+    bounds = sizes.longest_x, sizes.longest_y
     if backend == "triton+cuda" and backends.refusal("cuda", device, *bounds):
         core = "triton"  # chosen where the sizes were symbols
     return triton_sinkhorn.ot_loss(
         *problem,
         bounds=bounds,
-        entries=entries,
+        entries=sizes.entries,
+        uniform=sizes.uniform,
         core=core,
         fused=backend != "cuda",
         **how,
@@ -667,9 +672,10 @@ def _ot_loss(
     longest_x: int,
     longest_z: int,
     entries: int,
+    uniform: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _run(
-        *(backend, (longest_x, longest_z), entries),
+        *(backend, _Sizes(longest_x, longest_z, entries, uniform)),
         *(x, z, segments_x, segments_z, pairs, torch.ones(len(pairs), device=x.device)),
         scale=scale,
         epsilon=epsilon,
@@ -701,12 +707,13 @@ def _ot_loss_gradient(
     longest_x: int,
     longest_z: int,
     entries: int,
+    uniform: bool,
     grad: str,
     need_x: bool,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _run(
-        *(backend, (longest_x, longest_z), entries),
+        *(backend, _Sizes(longest_x, longest_z, entries, uniform)),
         *(x, z, segments_x, segments_z, pairs, weights),
         scale=scale,
         epsilon=epsilon,

@@ -461,6 +461,7 @@ def ot_loss(
     *,
     bounds: tuple[int, int],
     entries: int | None = None,
+    uniform: bool = False,
     scale: float,
     epsilon: float,
     num_iters: int,
@@ -477,6 +478,7 @@ def ot_loss(
     bounds: numbers of student and teacher tokens that no problem exceeds; one that does gets loss
         NaN and no gradient.
     entries: the sum of n * (m rounded up to a multiple of 4), where the host knows it.
+    uniform: all problems are as large as the bounds.
     core: who solves what no tile holds, "triton" or "cuda".
     fused: False leaves all problems to the core.
 
@@ -509,6 +511,8 @@ def ot_loss(
     tiles = tiles_for(gradient, logarithmic, capability) if fused else ()
     fitting = [i for i, tile in enumerate(tiles) if max_n <= tile.rows and max_m <= tile.cols]
     launched = tiles[: fitting[0] + 1] if fitting else tiles
+    if uniform:
+        launched = launched[-1:] if fitting else ()
     if entries is None:
         entries = count * max_n * _padded(max_m)
     matrix = loss.new_empty(0 if fitting and gradient == "none" else entries)

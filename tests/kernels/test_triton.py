@@ -15,7 +15,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from cot2align.kernels import backends, native, reference
+from cot2align import fused_ot_loss
+from cot2align.kernels import backends, native, reference, triton_streamed
 from cot2align.kernels import triton_sinkhorn as sinkhorn
 from tests.kernels import direct
 
@@ -99,6 +100,23 @@ def test_borders_of_the_tiles(n, m, tiles, epsilon):
 
 
 @runs
+@pytest.mark.parametrize(("n", "m", "kernel"), [(20, 40, "_fused"), (65, 128, "_similarity")])
+def test_launches_for_problems_of_one_size(n, m, kernel):
+    """Up to 64 x 128 in one launch, up to 128 x 128 in two; two more for the products."""
+    x, y = torch.randn(2, n, 8, device=DEVICE, requires_grad=True), torch.randn(2, m, 8)
+    y, masked = y.to(DEVICE), torch.ones(2, n, dtype=torch.bool, device=DEVICE)
+    counts = []
+    for mask in (None, masked):
+        sinkhorn.launches.clear()
+        triton_streamed.launches.clear()
+        fused_ot_loss(x, y, student_mask=mask, num_iters=2, backend="triton").backward()
+        assert triton_streamed.launches.total() == (kernel == "_similarity")
+        counts.append(dict(sinkhorn.launches))
+    assert counts[0] == {kernel: 1, "_products": 1}
+    assert counts[1]["_fused"] > 1  # any size may be behind a mask
+
+
+@runs
 @pytest.mark.parametrize("gradient", ["unrolled", "implicit", "detached", "none"])
 def test_all_sizes_in_one_call(gradient):
     lengths = [20, 0, 45, 70, 3], [9, 40, 130, 0]
@@ -177,7 +195,6 @@ def test_a_problem_beyond_the_bounds_is_nan_and_harms_no_other():
 @pytest.mark.parametrize("bounds", [(30, 30), (500, 500)])
 def test_nothing_is_read_from_the_device(bounds, monkeypatch):
     """A meta tensor has no values: reading one raises."""
-    from cot2align.kernels import triton_streamed
 
     launched = []
     monkeypatch.setattr(sinkhorn, "_launch", lambda kernel, *_, **__: launched.append(kernel))
