@@ -137,9 +137,10 @@ def build_ninja(folder: Path, version: str) -> str:
     for isa, flags in ISA_FLAGS.items():
         own = f"-DCOT2ALIGN_ISA={isa} {flags}"
         edges.append((f"{folder}/sinkhorn.{isa}.o", "cxx", "csrc/sinkhorn.cpp", own))
+    jobs = os.environ.get("MAX_JOBS") or 0  # architectures at a time; 0: as many as CPUs
     compilers = {
         "cxx": f"{quote(cxx)} {CXX_FLAGS} {openmp}",
-        "nvcc": f"{nvcc} -ccbin {quote(cxx)} {NVCC_FLAGS}",
+        "nvcc": f"{nvcc} -ccbin {quote(cxx)} {NVCC_FLAGS} --threads {jobs}",
     }
     lines = [f"builddir = {folder}"]
     for rule, compiler in compilers.items():
