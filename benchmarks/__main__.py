@@ -54,7 +54,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     rows: list[dict[str, object]] = []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {measure.describe(case)}", flush=True)
-        new = measure.measure(case, options.device, options.repeats, not options.no_memory)
+        memory = not options.no_memory
+        new = measure.measure(case, options.device, options.repeats, memory, options.ways)
         rows += [row | around for row in new]
         print(report.text(new), flush=True)
         if options.out:  # what is finished stays, whatever happens to the next case
@@ -77,6 +78,7 @@ def main() -> int:
     running.add_argument("cases", nargs="*", metavar="CASE", help="cases or groups of cases")
     running.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     running.add_argument("--repeats", type=int, default=7, help="turns of each way (default: 7)")
+    running.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     running.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
     running.add_argument("--no-memory", action="store_true", help="leave the peaks out")
     running.add_argument("--out", type=Path, help="a CSV file to write")

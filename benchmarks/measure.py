@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -119,8 +119,11 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def measure(case: Case, device: str, repeats: int, memory: bool) -> list[dict[str, object]]:
-    """One row for each way that can; the ways take turns."""
+def measure(
+    case: Case, device: str, repeats: int, memory: bool, named: Collection[str] = tuple(WAYS)
+) -> list[dict[str, object]]:
+    """One row for each of the named ways that can; they take turns. A rival that fails is left out
+    with its error."""
     if case.threads:
         torch.set_num_threads(case.threads)
     torch.compiler.reset()  # its limit of recompilations is over all cases
@@ -128,17 +131,21 @@ def measure(case: Case, device: str, repeats: int, memory: bool) -> list[dict[st
     ways = {
         name: way
         for name, way in WAYS.items()
-        if not way.cannot(case, device) and name in (case.ways or WAYS)
+        if not way.cannot(case, device) and name in (case.ways or WAYS) and name in named
     }
     truth = exact(case, tensors)
-    checked = {
-        name: errors(forward_backward(way, case, tensors), truth) for name, way in ways.items()
-    }
-    del truth
-    timers = {}
-    for name, way in ways.items():
+    checked, timers = {}, {}
+    for name, way in list(ways.items()):
         calls = [lambda w=way, f=f: f(w, case, tensors) for f in (forward, forward_backward)]
-        timers[name] = [timer(graphed(c) if way.graph else c, device) for c in calls]
+        try:
+            checked[name] = errors(forward_backward(way, case, tensors), truth)
+            timers[name] = [timer(graphed(c) if way.graph else c, device) for c in calls]
+        except RuntimeError as error:
+            if name == "product":
+                raise
+            tqdm.write(f"{case.name}: {name}: {str(error).splitlines()[0]}")
+            del ways[name]
+    del truth
     times: dict[str, list[list[float]]] = {name: [[], []] for name in ways}
     for turn in tqdm(range(repeats + 1), desc=f"{case.name}: timing", leave=False, disable=None):
         for name, pair in timers.items():
@@ -150,7 +157,8 @@ def measure(case: Case, device: str, repeats: int, memory: bool) -> list[dict[st
     peaks = {name: peak_mib(case.name, name, device) if memory else math.nan for name in ways}
     rows = []
     at_matmul_rate = matmul_ms(case, tensors) if device == "cpu" else math.nan
-    for name, (loss_error, gradient_error) in checked.items():
+    for name in ways:
+        loss_error, gradient_error = checked[name]
         right = max(loss_error, gradient_error) < TOLERANCE[case.dtype]
         row: dict[str, object] = {"case": case.name, "group": case.group, "way": name}
         row |= {"device": device, "shape": case.shape(), "dtype": case.dtype}

@@ -165,6 +165,12 @@ WAYS: dict[str, Way] = {
     "triton": Way(
         _through(fused_ot_loss, backend="triton"), "the Triton kernels alone", devices=("cuda",)
     ),
+    "product-graph": Way(
+        _through(fused_ot_loss),
+        "the product in a CUDA graph, without the host's part",
+        devices=("cuda",),
+        graph=True,
+    ),
     "naive": Way(_through(reference.fused_ot_loss), "batched log-domain iterations under autograd"),
     "compile": Way(
         compiled, "the same iteration under torch.compile, looped; no masks, no stop", masks=False
