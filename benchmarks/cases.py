@@ -57,9 +57,8 @@ class Case:
 
     def shape(self) -> str:
         ragged = " ragged" if self.ragged else ""
-        return (
-            f"{self.problems} x {self.n}x{self.m}{ragged}, d {self.width}, D {self.teacher_width}"
-        )
+        projected = f"D {self.teacher_width}" if self.teacher_width else "no projection"
+        return f"{self.problems} x {self.n}x{self.m}{ragged}, d {self.width}, {projected}"
 
     def flops(self, tensors: Tensors) -> float:
         """Of forward + backward: the matrix products, and 6 FMA per entry and iteration.
