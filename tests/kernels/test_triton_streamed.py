@@ -18,8 +18,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
-
 from cot2align.kernels import reference, triton_streamed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -331,10 +329,9 @@ if os.environ.get("COMPILE_ALL") == "1":
 
 @compiles
 @pytest.mark.parametrize(("capability", "cols"), EVERY)
-def test_compiles_without_spills(capability, cols, monkeypatch):
-    from compiled import SHARED_MEMORY, compile
+def test_compiles_without_spills(capability, cols):
+    from tests.kernels.compiled import SHARED_MEMORY, compile
 
-    plain_compile = triton.compile  # the helper passes it warps and stages alone
     kinds = {
         "_finish_kernel": ["none", "unrolled", "implicit"],
         "_gradient_kernel": ["detached", "unrolled", "implicit"],
@@ -344,13 +341,6 @@ def test_compiles_without_spills(capability, cols, monkeypatch):
         if not name.endswith("_kernel"):
             continue
         resources = triton_streamed.resources(kernel)
-        monkeypatch.setattr(
-            triton,
-            "compile",
-            lambda source, target, options, resources=resources: plain_compile(
-                source, target=target, options={**options, **resources}
-            ),
-        )
         for gradient in kinds.get(name, [None]):
             for logarithmic in (False, True):
                 constants = triton_streamed.constants(cols, logarithmic, gradient)
@@ -358,8 +348,7 @@ def test_compiles_without_spills(capability, cols, monkeypatch):
                 signature = {
                     arg: POINTERS.get(arg, "i32") for arg in kernel.arg_names if arg not in used
                 }
-                binary = compile(
-                    kernel, signature, used, capability, resources["num_warps"], 3, {"width_n"}
-                )
+                how = (capability, resources["num_warps"], 3, {"width_n"}, resources["maxnreg"])
+                binary = compile(kernel, signature, used, *how)
                 assert binary.spills == 0, (name, gradient, logarithmic)
                 assert binary.shared <= SHARED_MEMORY[capability]
