@@ -7,8 +7,9 @@ has a standard text and, where it has a rationale, a chain-of-thought (CoT) text
     CoT        prompt that asks for steps + "{rationale}\\nTherefore, the answer is: {output}"
 
 Prompt and response are tokenised separately, the end-of-sequence token closes the response, and
-every model has its own tokenizer. A text that is too long loses tokens of its prompt's input first,
-then of its instruction, never of the `### Response:` tail; then of its response's end.
+every model has its own tokenizer and, with `prompt_format: chat`, its own chat template. A text
+that is too long loses tokens of its prompt's input first, then of its instruction, never of what
+follows them (`### Response:`); then of its response's end.
 
 A batch carries all texts of its rows, standard and CoT alike, once per model. The positions that
 predict a response token are computed here, on the CPU, so that the models' forward passes read
@@ -47,6 +48,10 @@ class PromptFormat:
             return self.cot_with_input if row.input else self.cot
         return self.standard_with_input if row.input else self.standard
 
+    def text(self, row: Row, is_cot: bool) -> str:
+        """The row's whole prompt; in the format "chat", the user's message."""
+        return self.template(row, is_cot).format(instruction=row.instruction, input=row.input)
+
 
 _SECTIONS = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 _SECTIONS_WITH_INPUT = (
@@ -56,24 +61,31 @@ _COT = (
     "Below is an instruction that describes a task. "
     "Write a response with reasoning step by step that appropriately completes the request."
 )
-_STEPS = "Let's think step by step.\n"
+_STEPS = "Let's think step by step."
 PROMPT_FORMATS = {
     # Figure 3 of the paper.
-    "alpaca": PromptFormat(
+    "paper": PromptFormat(
         standard="Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request." + _SECTIONS,
         standard_with_input="Below is an instruction that describes a task, paired with an input "
         "that provides further context. "
         "Write a response that appropriately completes the request." + _SECTIONS_WITH_INPUT,
-        cot=_COT + _SECTIONS + _STEPS,
-        cot_with_input=_COT + _SECTIONS_WITH_INPUT + _STEPS,
+        cot=_COT + _SECTIONS + _STEPS + "\n",
+        cot_with_input=_COT + _SECTIONS_WITH_INPUT + _STEPS + "\n",
     ),
-    # For small models and small context windows.
-    "short": PromptFormat(
-        standard="{instruction}\nAnswer:\n",
-        standard_with_input="{instruction}\n{input}\nAnswer:\n",
-        cot="{instruction}\nSteps:\n",
-        cot_with_input="{instruction}\n{input}\nSteps:\n",
+    # A user's message, which the tokenizer's chat template then surrounds.
+    "chat": PromptFormat(
+        standard="{instruction}",
+        standard_with_input="{instruction}\n\n{input}",
+        cot="{instruction}\n\n" + _STEPS,
+        cot_with_input="{instruction}\n\n{input}\n\n" + _STEPS,
+    ),
+    # The row's own words: for base models, small models and small context windows.
+    "raw": PromptFormat(
+        standard="{instruction}\n",
+        standard_with_input="{instruction}\n{input}\n",
+        cot="{instruction}\n" + _STEPS + "\n",
+        cot_with_input="{instruction}\n{input}\n" + _STEPS + "\n",
     ),
 }
 
@@ -218,6 +230,12 @@ class TextEncoder:
             raise UserError(
                 f"max_prompt_length {max_prompt_length} must be below max_length {max_length}"
             )
+        self.is_chat = prompt_format == "chat"
+        if self.is_chat and not tokenizer.chat_template:
+            raise UserError(
+                f"prompt_format is chat, but the tokenizer of {tokenizer.name_or_path!r} has no "
+                "chat template; base models take paper or raw"
+            )
         self.tokenizer = tokenizer
         self.format = PROMPT_FORMATS[prompt_format]
         self.max_length = max_length
@@ -250,13 +268,7 @@ class TextEncoder:
         self, rows: Sequence[Row], is_cot: bool, budgets: Sequence[int]
     ) -> tuple[list[list[int]], int]:
         """Token ids of every row's prompt, at most its budget; and how many had to be cut."""
-        templates = [self.format.template(row, is_cot) for row in rows]
-        encoded = self._encode(
-            [
-                template.format(instruction=row.instruction, input=row.input)
-                for template, row in zip(templates, rows, strict=True)
-            ]
-        )
+        encoded = self._encode([self.format.text(row, is_cot) for row in rows])
         cut = 0
         for index, (row, ids, budget) in enumerate(zip(rows, encoded, budgets, strict=True)):
             if len(ids) > budget:
@@ -265,6 +277,13 @@ class TextEncoder:
         return encoded, cut
 
     def _encode(self, prompts: list[str]) -> list[list[int]]:
+        if self.is_chat:
+            # A chat template writes the special tokens itself.
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = self.tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True
+            )
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         encoded = self.tokenizer(prompts, add_special_tokens=True)["input_ids"]
         # Some tokenizers close every text; the prompt is not the end of ours.
         eos = self.tokenizer.eos_token_id
