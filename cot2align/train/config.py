@@ -339,6 +339,7 @@ class RecipeConfig:
     judge: dict[str, Any] | None = field(
         default=None, metadata=about("settings of judge, and `against`: a method; none: off")
     )
+    only: list[str] = field(default_factory=list, metadata=about("methods to run; empty: all"))
     seeds: list[int] = field(
         default_factory=lambda: [10], metadata=about("training seeds, a student each", at_least=0)
     )
@@ -501,14 +502,14 @@ def _help_text(f: dataclasses.Field) -> str:
 
 
 def _read_with_base(path: str) -> dict[str, Any]:
-    given = _read_yaml(path)
+    given = read_yaml(path)
     base = given.pop("base", None)
     if base is None:
         return given
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base': expected a file, got {base!r}")
     base_path = str(Path(path).parent / base)
-    below = _read_yaml(base_path)
+    below = read_yaml(base_path)
     if "base" in below:
         raise UserError(f"{base_path} has a base of its own; {path} may go one level deep only")
     return merged(below, given)
@@ -523,7 +524,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
