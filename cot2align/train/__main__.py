@@ -14,6 +14,7 @@ from cot2align.train.config import UserError, nearest, parse_command_line
 
 # command: (what it does, module and class of its config, module of its run)
 COMMANDS = {
+    "prepare": ("make rows from a published data set", "config:PrepareConfig", "prepare"),
     "sft": ("fine-tune a model", "config:SFTConfig", "trainer"),
     "augment": ("let the teacher write a rationale per row", "config:AugmentConfig", "augment"),
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
