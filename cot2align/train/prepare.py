@@ -250,12 +250,14 @@ def _source(config: PrepareConfig) -> Source:
 
     def own(record: Record, where: str) -> list[Row]:
         fields = [getattr(config, name) for name in names]
-        if fields[0] not in record or fields[2] not in record:
-            missing = names[0] if fields[0] not in record else names[2]
-            raise UserError(
-                f"{where}: field {getattr(config, missing)!r} is missing; found "
-                f"{', '.join(map(repr, record))}; setting {missing!r} names another"
-            )
+        for name, field in zip(names, fields, strict=True):
+            # Only an input and a rationale that no setting names may be missing.
+            optional = name in ("input_field", "rationale_field") and field + "_field" == name
+            if field not in record and not optional:
+                raise UserError(
+                    f"{where}: field {field!r} is missing; found "
+                    f"{', '.join(map(repr, record)) or 'none'}; setting {name!r} names another"
+                )
         row = {
             "instruction": _text(record, fields[0], where),
             "input": _text(record, fields[1], where),
@@ -411,8 +413,6 @@ def _records(content: bytes, path: Path, format: str) -> Iterator[Located]:
                 f"data file {path}: unknown suffix {path.suffix!r} (known: {known}); set 'format'"
             )
         format = _FORMATS[path.suffix.lower()]
-    if not content:
-        raise UserError(f"data file {path}: empty file")
     if format == "parquet":
         records = _parquet(content, path)
     else:
@@ -503,8 +503,9 @@ def _read_tasks(
             task = load_json(decode_text(content, file), f"data file {file}")
             if not isinstance(task, dict) or not isinstance(task.get("Instances"), list):
                 raise UserError(f"data file {file}: expected 'Definition' and a list 'Instances'")
-            definition = task.get("Definition", "")
-            definition = " ".join(definition) if isinstance(definition, list) else definition
+            definition = _answers({"Definition": "", **task}, "Definition", f"data file {file}")
+            if isinstance(definition, list):
+                definition = " ".join(definition)
             located = list(enumerate(task["Instances"]))
             size = min(config.rows_per_task, len(located))
             chosen = located[:size]
@@ -699,16 +700,17 @@ def _write(output: str, splits: dict[str, list[Row]], report: dict[str, Any]) ->
     path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            path = folder / f"{name}.partial"
-            path.write_text(text, encoding="utf-8")
-        for name in texts:
-            os.replace(folder / f"{name}.partial", folder / name)
+        try:
+            for name, text in texts.items():
+                path = folder / f"{name}.partial"
+                path.write_text(text, encoding="utf-8")
+            for name in texts:
+                os.replace(folder / f"{name}.partial", folder / name)
+        finally:
+            for name in texts:
+                (folder / f"{name}.partial").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        for name in texts:
-            (folder / f"{name}.partial").unlink(missing_ok=True)
 
 
 def _table(report: dict[str, Any]) -> str:
