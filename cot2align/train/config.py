@@ -352,6 +352,57 @@ class RecipeConfig:
     device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu"))
 
 
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """Make train, validation and test rows from a published data set, or from your own file."""
+
+    source: str = setting(
+        help="dolly | alpaca | sni | dialogsum | arithmetic, or a file or folder of your own rows"
+    )
+    output: str = setting(help="folder for the rows; new or empty")
+    files: str | None = setting(
+        None, "the data set as its publisher ships it: a file or folder; none: from the hub"
+    )
+    format: str = setting(
+        "auto", "of the files; auto: by suffix", choices=("auto", "jsonl", "json", "csv", "parquet")
+    )
+    instruction_field: str = setting("instruction", "field of your own rows: the task")
+    input_field: str = setting("input", "field of your own rows: its context; may be missing")
+    output_field: str = setting("output", "field of your own rows: the answer, or a list of them")
+    rationale_field: str = setting("rationale", "field of your own rows; may be missing")
+    min_words: int | None = setting(
+        None, "words of an answer at least; none: as the data set's rule", at_least=0
+    )
+    max_words: int | None = setting(None, "words of an answer at most", at_least=1)
+    max_prompt_tokens: int | None = setting(
+        None, "tokens of a prompt at most; none: as the data set's rule", at_least=1
+    )
+    tokenizer: str = setting(
+        "openai-community/gpt2", "counts a prompt's tokens: a folder or a hub name"
+    )
+    duplicates: str = setting(
+        "auto",
+        "equal rows; auto: dropped from your own rows, kept in the data sets",
+        choices=("auto", "keep", "drop"),
+    )
+    rows_per_task: int = setting(100, "rows taken from each task file of sni", at_least=1)
+    references: str = setting(
+        "own",
+        "of a dialogsum test row: its own summary, or all of its dialogue",
+        choices=("own", "all"),
+    )
+    train_rows: int | None = setting(
+        None, "training rows at most; none: the paper's count, or all", at_least=1
+    )
+    validation_rows: int | None = setting(
+        None, "validation rows; none: the paper's count, or a tenth, 500 at most", at_least=0
+    )
+    test_rows: int | None = setting(
+        None, "test rows; none: the paper's count, or a tenth, 500 at most", at_least=0
+    )
+    seed: int = setting(42, "seed of the splits", at_least=0)
+
+
 # What has no effect, and when.
 _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
