@@ -164,10 +164,12 @@ def test_same_rows_from_every_format(tmp_path) -> None:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
         files.append("d.parquet")
+    (tmp_path / "no_suffix").write_bytes(content)
     written = set()
-    for name in files:
+    for name in [*files, "no_suffix"]:
         output = tmp_path / f"{name}-rows"
-        report = prepare(source="alpaca", files=tmp_path / name, output=output)
+        settings = {} if "." in name else {"format": "jsonl"}
+        report = prepare(source="alpaca", files=tmp_path / name, output=output, **settings)
         assert report["rows"] == {"train": 30, "validation": 3, "test": 3}
         written.add(b"".join((output / f"{s}.jsonl").read_bytes() for s in ("train", "test")))
     assert len(written) == 1
