@@ -71,11 +71,12 @@ def test_every_setting_has_a_help_and_the_resolved_config_reads_back(tmp_path) -
 def test_dolly_keeps_prompts_of_at_most_256_tokens(workspace, tmp_path, capsys) -> None:
     from transformers import AutoTokenizer
 
-    from cot2align.train.data import PROMPT_FORMATS
-
     def prompt(count: int) -> str:
-        template = next(iter(PROMPT_FORMATS.values())).standard_with_input
-        return template.format(instruction="Add.", input=words(count, "7"))
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\nAdd.\n\n### Input:\n{words(count, '7')}\n\n### Response:\n"
+        )
 
     tokenizer = AutoTokenizer.from_pretrained(workspace.student)
     longest = max(n for n in range(300) if len(tokenizer(prompt(n))["input_ids"]) <= 256)
