@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -576,10 +577,22 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
+    """The settings of a YAML file. Raises UserError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """As YAML 1.2: `on` is a word, and the name of a setting; only true and false are not."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF")
+    )
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path}: {_reason(error)}") from None
     except yaml.YAMLError as error:

@@ -193,6 +193,8 @@ class _Planner:
         default = name if "teacher" in name else f"teacher {name}"
         self.titles[name] = str(settings.pop("title", default))
         is_trained = settings.pop("sft", True)
+        if not isinstance(is_trained, bool):
+            raise UserError(f"section 'teachers.{name}': sft: expected true or false")
         if "model" not in settings:
             raise UserError(f"section 'teachers.{name}': setting 'model' is missing")
         settings["model"], model_needs = self.model(str(settings["model"]))

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cot2align.train.config import RecipeConfig, UserError, build, from_sources
+from cot2align.train import new_model
+from cot2align.train.config import NewModelConfig, RecipeConfig, UserError, build, from_sources
 from cot2align.train.recipe import best_try, make_plan, run
 from tests.conftest import cli, sample_rows, write_rows
 
@@ -259,3 +260,54 @@ def test_inheritance_is_one_level_deep(tmp_path) -> None:
     assert (config.output, config.seeds) == ("a", [1])
     with pytest.raises(UserError, match=r"b\.yaml has a base of its own"):
         from_sources(RecipeConfig, str(tmp_path / "c.yaml"), {})
+
+
+# What stands in for the models of the paper: the same architecture, the same kind of tokenizer.
+STAND_INS = {
+    "openai-community/gpt2": ("gpt2", "bpe", 380),
+    "openai-community/gpt2-xl": ("gpt2", "bpe", 380),
+    "Qwen/Qwen1.5-1.8B": ("qwen2", "bpe", 420),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2", "bpe", 420),
+    "mistralai/Mistral-7B-v0.1": ("mistral", "spm", 420),
+    "meta-llama/Llama-2-7b-hf": ("llama", "spm", 400),
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": ("llama", "spm", 400),
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(data, tmp_path_factory) -> dict[str, str]:
+    """Folders of tiny models, by the name of the model that they stand for."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"width": 16, "heads": 2, "layers": 1, "max_length": 256}
+    for i, (shape, tokenizer, pieces) in enumerate(STAND_INS.values()):
+        settings = {"shape": shape, "tokenizer": tokenizer, "pieces": pieces, "data": data["train"]}
+        new_model.run(build(NewModelConfig, settings | sizes | {"output": str(folder / str(i))}))
+    return {name: str(folder / str(i)) for i, name in enumerate(STAND_INS)}
+
+
+@pytest.mark.parametrize(
+    ("number", "path"),
+    [*enumerate(RECIPES)],
+    ids=[f"{path.parent.name}-{path.stem}" for path in RECIPES],
+)
+def test_recipes_of_the_paper(number, path, data, stand_ins, tmp_path) -> None:
+    config = from_sources(RecipeConfig, str(path), {})
+    config.only, only = [], config.only
+    stages = make_plan(config).stages  # every setting of every method
+    assert {s.name for s in stages} > {f"students/{m}/seed-10" for m in config.methods}
+    assert set(only) <= set(config.methods)
+    # One method of each recipe, all of them over the recipes, with two steps of a training.
+    config.only = [list(config.methods)[number % len(config.methods)]]
+    config.output = str(tmp_path / "study")
+    config.device = "cpu"
+    config.data = data
+    config.common |= {"max_length": 256, "max_new_tokens": 4, "max_prompt_length": 160}
+    config.common |= {"batch_size": 4, "gradient_accumulation": 1, "max_steps": 2}
+    for teacher in config.teachers.values():
+        teacher["model"] = stand_ins[teacher["model"]]
+    config.students["student"] = stand_ins[config.students["student"]]
+    config.rationales["batch_size"] = 8
+    config.evaluate = {"seeds": [10], "batch_size": 4}
+    results = run(config)
+    (trained,) = results["models"][config.only[0]]["seeds"].values()
+    assert trained["scores"]["test"]["standard"]["loss"] > 0
