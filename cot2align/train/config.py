@@ -105,6 +105,30 @@ class TrainConfig(TextConfig):
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
     eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
     checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+    lora_r: int = setting(0, "rank of LoRA adapters; 0: all weights are trained", at_least=0)
+    lora_alpha: float = setting(16.0, "LoRA scale, times 1 / lora_r", above=0)
+    lora_dropout: float = setting(0.0, "dropout in front of the adapters", at_least=0, at_most=0.99)
+    target_modules: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata=about("names of the modules with adapters; auto: all linear ones but the head"),
+    )
+    merge: bool = setting(False, "save a plain model at the end; its adapter goes to adapter/")
+    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits; needs a GPU")
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        for contradicted, reason in (
+            (
+                self.load_in_4bit and not self.lora_r,
+                "'load_in_4bit' is on and 'lora_r' is 0: weights of 4 bits cannot be trained",
+            ),
+            (
+                self.lora_r > 0 and not self.target_modules,
+                "setting 'target_modules' is empty; 'lora_r: 0' trains all weights",
+            ),
+        ):
+            if contradicted:
+                raise UserError(reason)
 
 
 @dataclass(kw_only=True)
@@ -124,6 +148,11 @@ class DistillConfig(TrainConfig):
         "auto",
         "teacher weights; auto: as saved",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    teacher_quantization: str = setting(
+        "none",
+        "teacher weights in fewer bits, through bitsandbytes; needs a GPU",
+        choices=("none", "8bit", "4bit"),
     )
     alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
     kd: str = setting(
@@ -179,6 +208,7 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
+        super().__post_init__()
         layers = [{"0": "embed", "-1": "last"}.get(name, name) for name in self.layers]
         for contradicted, reason in (
             (
@@ -258,6 +288,11 @@ class EvaluateConfig(GenerationConfig):
 # What has no effect, and when.
 _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
+    (
+        "lora_r is 0",
+        lambda config: config.lora_r == 0,
+        ("lora_alpha", "lora_dropout", "target_modules", "merge"),
+    ),
     ("kd is none", lambda config: config.kd == "none", ("divergence", "temperature")),
     ("kd is not mined", lambda config: config.kd != "mined", ("token_maps",)),
     ("kd is not dskd", lambda config: config.kd != "dskd", ("t2s_init",)),

@@ -17,16 +17,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from cot2align.train.adapters import base_of, quantization, with_adapter
 from cot2align.train.config import UserError
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The fast tokenizer of a folder or hub name. Raises UserError."""
+    """The fast tokenizer of a folder or hub name; an adapter without one has its base's. Raises
+    UserError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
+        if (base := base_of(name)) is not None:
+            return load_tokenizer(base, trust_remote_code=trust_remote_code)
         raise UserError(f"tokenizer of {name!r} cannot be loaded: {_one_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(
@@ -45,27 +49,40 @@ def load_model(
     dtype: str,
     max_length: int,
     trust_remote_code: bool = False,
+    bits: str = "none",
 ) -> PreTrainedModel:
     """The causal language model of a folder or hub name, checked, in eval mode, on the CPU.
 
-    dtype: "float32", "bfloat16", "float16" or "auto" (as saved). max_length: tokens that it will be
-    given. Raises UserError.
+    An adapter's base is loaded, and the adapter merged into it. dtype: "float32", "bfloat16",
+    "float16" or "auto" (as saved). max_length: tokens that it will be given. bits: "none", "8bit"
+    or "4bit", quantised on the GPU. Raises UserError.
     """
     transformers_logging.disable_progress_bar()
+    base = base_of(name)
+    options = quantization(bits)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            base or name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except LOAD_ERRORS as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_one_line(error)}") from None
+        which = name if base is None else f"{base}' of the adapter '{name}"
+        raise UserError(f"model '{which}' cannot be loaded: {_one_line(error)}") from None
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model {name!r}: {len(missing)} weights are missing, first {missing[0]!r}")
+    if base is not None:
+        try:
+            model = with_adapter(model, name)
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"adapter {name!r} does not fit its base {base!r}: {_one_line(error)}"
+            ) from None
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
@@ -109,7 +126,8 @@ def body_states(
 ) -> tuple[torch.Tensor, ...]:
     """`hidden_states` [B, L, d] of every stage, the embedding's first, without the head's
     logits."""
-    output = model.base_model(
+    # Not model.base_model, which of a PeftModel is something else.
+    output = getattr(model, model.base_model_prefix, model)(
         input_ids=input_ids,
         attention_mask=attention_mask,
         output_hidden_states=True,
@@ -129,7 +147,7 @@ def pad_token_id(tokenizer: Tokenizer) -> int:
 def _check_head(model: PreTrainedModel, name: str) -> None:
     if model.get_output_embeddings() is None:
         raise UserError(f"model {name!r} ({type(model).__name__}) has no language-model head")
-    ids = torch.arange(4)[None]
+    ids = torch.arange(4, device=model.device)[None]
     mask = torch.ones_like(ids)
     try:
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()

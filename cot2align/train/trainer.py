@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -43,6 +44,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
 from cot2align.kernels.ot_loss import OTSettings, choose_backend
+from cot2align.train.adapters import (
+    add_lora,
+    base_of,
+    load_adapter,
+    save_student,
+    set_adapter_aside,
+)
 from cot2align.train.config import (
     DistillConfig,
     SFTConfig,
@@ -128,6 +136,8 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model(config.output)
+    if config.lora_r and config.merge and main_process:
+        merge_adapter(config, student_tokenizer)
     # A process that leaves while another still talks to it makes gloo abort that one.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -155,11 +165,22 @@ def build_distiller(
     load = partial(
         load_model, max_length=config.max_length, trust_remote_code=config.trust_remote_code
     )
+    name = config.model if isinstance(config, SFTConfig) else config.student
+    if config.lora_r and base_of(name) is not None:
+        raise UserError(
+            f"{name!r} is an adapter, and 'lora_r' asks for another on top of it; merge it first"
+        )
+    bits = "4bit" if config.load_in_4bit else "none"
+    student = load(name, student_tokenizer, dtype="float32", bits=bits)
     if isinstance(config, SFTConfig):
-        return _prepared(config, Distiller(load(config.model, student_tokenizer, dtype="float32")))
+        return _prepared(config, Distiller(student))
     assert teacher_tokenizer is not None
-    student = load(config.student, student_tokenizer, dtype="float32")
-    teacher = load(config.teacher, teacher_tokenizer, dtype=config.teacher_dtype)
+    teacher = load(
+        config.teacher,
+        teacher_tokenizer,
+        dtype=config.teacher_dtype,
+        bits=config.teacher_quantization,
+    )
     cross_cot = None
     if config.ot:
         for model in (student, teacher):
@@ -191,6 +212,23 @@ def build_distiller(
         kd=kd,
     )
     return _prepared(config, distiller)
+
+
+def merge_adapter(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Turn the output folder into a plain model; the adapter goes to its own folder in it.
+
+    The base is loaded anew, in float32: the one that was trained may be sharded or quantised.
+    """
+    folder = Path(config.output)
+    adapter = set_adapter_aside(folder)
+    model = load_model(
+        str(adapter),
+        tokenizer,
+        dtype="float32",
+        max_length=config.max_length,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.save_pretrained(folder)
 
 
 def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
@@ -436,7 +474,7 @@ class DistillTrainer(Trainer):
             return
         folder = Path(output_dir or self.config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.student.save_pretrained(folder)
+        save_student(self.model.student, folder)
         self.student_tokenizer.save_pretrained(folder)
         projections = self.model.projection_parameters()
         if projections:
@@ -448,8 +486,11 @@ class DistillTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         student = self.model.student
-        saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
-        student.load_state_dict(saved.state_dict())
+        if isinstance(student, PeftModel):
+            load_adapter(student, resume_from_checkpoint)
+        else:
+            saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
+            student.load_state_dict(saved.state_dict())
         projections = self.model.projection_parameters()
         if projections:
             tensors = load_file(Path(resume_from_checkpoint) / PROJECTIONS_FILE)
@@ -583,6 +624,8 @@ def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:
 
 
 def _prepared(config: TrainConfig, distiller: Distiller) -> Distiller:
+    if config.lora_r:
+        distiller.student = add_lora(distiller.student, config)
     if config.gradient_checkpointing:
         student = distiller.student
         # transformers renamed the method in 5.x and warns about the old name.
