@@ -35,14 +35,20 @@ ADAPTER_FOLDER = "adapter"
 
 
 def base_of(name: str) -> str | None:
-    """The base model that an adapter's folder or hub name gives; None where it is no adapter."""
+    """The base model that an adapter's folder or hub name gives; None where it is no adapter.
+
+    Raises UserError for an adapter that names none.
+    """
     try:
         path = find_adapter_config_file(name)
-        return json.loads(Path(path).read_text())["base_model_name_or_path"] if path else None
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"adapter {name!r}: its adapter_config.json cannot be read: {error}"
-        ) from None
+    except (OSError, ValueError):  # No such name: what loads it next says so.
+        return None
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError):
+        raise UserError(f"adapter {name!r}: its adapter_config.json names no base model") from None
 
 
 def add_lora(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
@@ -74,11 +80,11 @@ def add_lora(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=targets or "all-linear",
-        # Set for GPT-2's Conv1D, whose weights are transposed; peft would correct it with a warning.
+        # For GPT-2's Conv1D, whose weights are transposed; peft would correct it with a warning.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in modules.values()),
     )
     try:
-        return get_peft_model(model, settings)  # type: ignore[return-value]
+        return get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"setting 'target_modules': {error}") from None
 

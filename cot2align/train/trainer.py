@@ -625,7 +625,7 @@ def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:
 
 def _prepared(config: TrainConfig, distiller: Distiller) -> Distiller:
     if config.lora_r:
-        distiller.student = add_lora(distiller.student, config)
+        distiller.student = add_lora(distiller.student, config)  # type: ignore[assignment]
     if config.gradient_checkpointing:
         student = distiller.student
         # transformers renamed the method in 5.x and warns about the old name.
