@@ -100,6 +100,14 @@ class TrainConfig(TextConfig):
     max_grad_norm: float = setting(1.0, "gradient clipping norm; 0 = off", at_least=0)
     seed: int = setting(10, "seed of initialisation, order and dropout", at_least=0)
     bf16: bool = setting(False, "mixed precision with bfloat16; the losses stay float32")
+    fp16: bool = setting(
+        False, "mixed precision with float16 and a loss scale; heads and losses float32; on a GPU"
+    )
+    attn_implementation: str | None = setting(
+        None,
+        "attention of student and teacher; none: the model's own choice",
+        choices=("sdpa", "eager", "flash_attention_2"),
+    )
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass")
     logging_steps: int = setting(10, "optimizer steps between two log entries", at_least=1)
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
@@ -118,6 +126,7 @@ class TrainConfig(TextConfig):
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
         for contradicted, reason in (
+            (self.bf16 and self.fp16, "'bf16' and 'fp16' are both on; choose one"),
             (
                 self.load_in_4bit and not self.lora_r,
                 "'load_in_4bit' is on and 'lora_r' is 0: weights of 4 bits cannot be trained",

@@ -12,6 +12,7 @@ fine-tuning: L = L_CE.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,14 +81,30 @@ class Distiller(nn.Module):
 
         layers = () if self.cross_cot is None else self.cross_cot.layers
         ours = token_states(self.student, student, layers)
+        theirs = None
+        if self.teacher is not None and teacher is not None:
+            with torch.no_grad():
+                theirs = token_states(self.teacher, teacher, layers)
+        with _not_in_float16(counts.device.type):
+            return self._losses(ours, theirs, text_rows, text_is_cot, all_tokens, all_rows)
+
+    def _losses(
+        self,
+        ours: TokenStates,
+        theirs: TokenStates | None,
+        text_rows: Sequence[int],
+        text_is_cot: Sequence[bool],
+        all_tokens: Tensor,
+        all_rows: Tensor,
+    ) -> dict[str, Any]:
         total, correct = cross_entropy(ours)
         ce = total / all_tokens
         loss = ce
         parts: dict[str, Tensor] = {"ce": ce.detach()}
-        metrics = {"token_accuracy": torch.stack([correct, torch.full_like(correct, num_tokens)])}
-        if self.teacher is not None and teacher is not None:
-            with torch.no_grad():
-                theirs = token_states(self.teacher, teacher, layers)
+        metrics = {
+            "token_accuracy": torch.stack([correct, torch.full_like(correct, len(ours.targets))])
+        }
+        if theirs is not None:
             distillation = torch.zeros_like(ce)
             if self.kd is not None:
                 kd = self.kd(ours, theirs)
@@ -119,6 +136,17 @@ class Distiller(nn.Module):
         if isinstance(self.kd, nn.Module):
             parameters |= {f"kd.{name}": p for name, p in self.kd.named_parameters()}
         return parameters
+
+
+def _not_in_float16(device: str) -> AbstractContextManager:
+    """The losses' autocast: none in place of float16.
+
+    Their gradients are made in the forward pass, summed over tokens: no loss scale reaches them in
+    time, and the head's can pass 65504.
+    """
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _squared_gradient(term: Tensor, states: Tensor) -> Tensor:

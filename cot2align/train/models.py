@@ -50,12 +50,13 @@ def load_model(
     max_length: int,
     trust_remote_code: bool = False,
     bits: str = "none",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The causal language model of a folder or hub name, checked, in eval mode, on the CPU.
 
     An adapter's base is loaded, and the adapter merged into it. dtype: "float32", "bfloat16",
     "float16" or "auto" (as saved). max_length: tokens that it will be given. bits: "none", "8bit"
-    or "4bit", quantised on the GPU. Raises UserError.
+    or "4bit", quantised on the GPU. attention: transformers' attn_implementation. Raises UserError.
     """
     transformers_logging.disable_progress_bar()
     base = base_of(name)
@@ -93,6 +94,16 @@ def load_model(
     if window is not None and window < max_length:
         raise UserError(f"model {name!r} takes {window} tokens, fewer than max_length {max_length}")
     _check_head(model, name)
+    if attention is not None:
+        # After the check, which runs on the CPU, where flash attention does not.
+        if attention == "flash_attention_2" and not torch.cuda.is_available():
+            raise UserError("attn_implementation flash_attention_2 needs a GPU, none was found")
+        try:
+            model.set_attn_implementation(attention)
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"model {name!r}: no {attention} attention: {_one_line(error)}"
+            ) from None
     return model
 
 
@@ -110,6 +121,8 @@ def lm_logits(model: PreTrainedModel, hidden: torch.Tensor, *weights: torch.Tens
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
+    if not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(head.weight.dtype)
     names = [name for name, _ in head.named_parameters()] if weights else []
     logits = functional_call(head, dict(zip(names, weights, strict=True)), (hidden,))
     if (scale := getattr(config, "logit_scale", None)) is not None:

@@ -163,7 +163,10 @@ def build_distiller(
     """Load the models that the config names and put the objective between them; MinED needs the
     `aligner` of the tokenizers. Raises UserError."""
     load = partial(
-        load_model, max_length=config.max_length, trust_remote_code=config.trust_remote_code
+        load_model,
+        max_length=config.max_length,
+        trust_remote_code=config.trust_remote_code,
+        attention=config.attn_implementation,
     )
     name = config.model if isinstance(config, SFTConfig) else config.student
     if config.lora_r and base_of(name) is not None:
@@ -293,7 +296,10 @@ def ot_settings(config: DistillConfig) -> OTSettings:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Trainer's settings. Raises UserError for several GPUs in one process (nn.DataParallel)."""
+    """Trainer's settings. Raises UserError for several GPUs in one process (nn.DataParallel), and
+    for fp16 without a GPU."""
+    if config.fp16 and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("'fp16' needs a GPU: its loss scale is made for one; on a CPU use 'bf16'")
     evaluates = config.eval is not None
     arguments = TrainingArguments(
         output_dir=config.output,
@@ -309,6 +315,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=config.bf16,
+        fp16=config.fp16,
         use_cpu=config.device == "cpu",
         logging_steps=config.logging_steps,
         logging_first_step=True,
