@@ -113,6 +113,16 @@ class TrainConfig(TextConfig):
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
     eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
     checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+    on_nan: str = setting(
+        "stop",
+        "a loss or gradient that is not finite stops the run, or its step is skipped",
+        choices=("stop", "skip"),
+    )
+    spike_factor: float = setting(
+        2.0,
+        "log the rows of a forward pass with this many times the last logged ce; 0 = off",
+        at_least=0,
+    )
     lora_r: int = setting(0, "rank of LoRA adapters; 0: all weights are trained", at_least=0)
     lora_alpha: float = setting(16.0, "LoRA scale, times 1 / lora_r", above=0)
     lora_dropout: float = setting(0.0, "dropout in front of the adapters", at_least=0, at_most=0.99)

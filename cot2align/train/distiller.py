@@ -63,12 +63,14 @@ class Distiller(nn.Module):
         text_is_cot: Sequence[bool],
         num_tokens: int,
         num_rows: int,
+        ids: Sequence[str] = (),
         teacher: dict[str, Any] | None = None,
         num_items_in_batch: Tensor | None = None,
     ) -> dict[str, Any]:
         """The batch of `data.collate` -> {"loss", "parts", "metrics"}.
 
         num_items_in_batch: [response tokens, rows] of the global batch; None: this batch's own.
+        ids: of the rows, not used here.
         loss: float32 scalar, this batch's share of eq. 16. parts: its terms ("ce", "kd", "ot",
         "ot/cst", "ot/crc"), detached shares too. metrics: name -> [sum, count], diagnostics to be
         averaged; with `measure_gradients`, also "gradient/ce" and "gradient/ot" -> [sum of squares,

@@ -31,7 +31,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     except LOAD_ERRORS as error:
         if (base := base_of(name)) is not None:
             return load_tokenizer(base, trust_remote_code=trust_remote_code)
-        raise UserError(f"tokenizer of {name!r} cannot be loaded: {_one_line(error)}") from None
+        raise UserError(f"tokenizer of {name!r} cannot be loaded: {one_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast tokenizer "
@@ -72,7 +72,7 @@ def load_model(
         )
     except LOAD_ERRORS as error:
         which = name if base is None else f"{base}' of the adapter '{name}"
-        raise UserError(f"model '{which}' cannot be loaded: {_one_line(error)}") from None
+        raise UserError(f"model '{which}' cannot be loaded: {one_line(error)}") from None
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -82,7 +82,7 @@ def load_model(
             model = with_adapter(model, name)
         except LOAD_ERRORS as error:
             raise UserError(
-                f"adapter {name!r} does not fit its base {base!r}: {_one_line(error)}"
+                f"adapter {name!r} does not fit its base {base!r}: {one_line(error)}"
             ) from None
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -102,7 +102,7 @@ def load_model(
             model.set_attn_implementation(attention)
         except LOAD_ERRORS as error:
             raise UserError(
-                f"model {name!r}: no {attention} attention: {_one_line(error)}"
+                f"model {name!r}: no {attention} attention: {one_line(error)}"
             ) from None
     return model
 
@@ -169,7 +169,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     except (AttributeError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
             f"model {name!r} ({type(model).__name__}) does not give hidden states: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
     precise = model.dtype == torch.float32
     tolerance = (1e-4 if precise else 3e-2) * expected.abs().max().clamp(min=1e-3)
@@ -186,6 +186,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _one_line(error: Any) -> str:
+def one_line(error: Any) -> str:
+    """What an error says, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 600 else text[:597] + "..."
