@@ -108,11 +108,15 @@ class TrainConfig(TextConfig):
         "attention of student and teacher; none: the model's own choice",
         choices=("sdpa", "eager", "flash_attention_2"),
     )
+    torch_compile: bool = setting(False, "compile the student's body; needs a C++ compiler")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass")
     logging_steps: int = setting(10, "optimizer steps between two log entries", at_least=1)
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
     eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
     checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+    report_to: list[str] = field(
+        default_factory=list, metadata=about("trackers, by transformers' names; empty: none")
+    )
     on_nan: str = setting(
         "stop",
         "a loss or gradient that is not finite stops the run, or its step is skipped",

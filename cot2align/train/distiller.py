@@ -53,6 +53,16 @@ class Distiller(nn.Module):
         self.cross_cot = cross_cot
         self.kd = kd
         self.measure_gradients = False
+        # The layers that FSDP2 shards one by one. All else (heads, embeddings, projections) belongs
+        # to this module, and is whole wherever `forward` reads it.
+        self._no_split_modules = sorted(
+            {
+                name
+                for model in (student, teacher)
+                if model is not None
+                for name in model._no_split_modules or ()
+            }
+        )
         self.train(self.training)
 
     def forward(

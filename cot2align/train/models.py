@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -134,13 +135,18 @@ def lm_logits(model: PreTrainedModel, hidden: torch.Tensor, *weights: torch.Tens
     return logits
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """What is before the head."""
+    # Not model.base_model, which of a PeftModel is something else.
+    return getattr(model, model.base_model_prefix, model)
+
+
 def body_states(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """`hidden_states` [B, L, d] of every stage, the embedding's first, without the head's
     logits."""
-    # Not model.base_model, which of a PeftModel is something else.
-    output = getattr(model, model.base_model_prefix, model)(
+    output = body_of(model)(
         input_ids=input_ids,
         attention_mask=attention_mask,
         output_hidden_states=True,

@@ -52,6 +52,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
@@ -68,6 +72,7 @@ from cot2align.train.config import (
     SFTConfig,
     TrainConfig,
     UserError,
+    nearest,
     to_yaml,
     without_effect,
 )
@@ -79,7 +84,7 @@ from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.losses.uld import uld
-from cot2align.train.models import Tokenizer, load_model, load_tokenizer, one_line, width
+from cot2align.train.models import Tokenizer, body_of, load_model, load_tokenizer, one_line, width
 from cot2align.train.token_states import TokenStates, check_layers
 
 PROJECTIONS_FILE = "projections.safetensors"
@@ -350,7 +355,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
-        report_to="none",
+        report_to=_trackers(config) or "none",
         disable_tqdm=False,
     )
     if arguments.n_gpu > 1:
@@ -818,6 +823,18 @@ def _written(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {one_line(error)}") from None
 
 
+def _trackers(config: TrainConfig) -> list[str]:
+    names = [name for name in config.report_to if name != "none"]
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = nearest(name, INTEGRATION_TO_CALLBACK)
+            raise UserError(f"setting 'report_to': unknown tracker {name!r}{near}")
+        if name not in installed:
+            raise UserError(f"setting 'report_to': the package of {name!r} is not installed")
+    return names
+
+
 def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:
     return TextEncoder(
         tokenizer,
@@ -835,4 +852,6 @@ def _prepared(config: TrainConfig, distiller: Distiller) -> Distiller:
         # transformers renamed the method in 5.x and warns about the old name.
         enable = getattr(student, "activation_checkpointing_enable", None)
         (enable or student.gradient_checkpointing_enable)()
+    if config.torch_compile:
+        body_of(distiller.student).compile()
     return distiller
