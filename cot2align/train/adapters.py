@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     load_peft_weights,
     prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
 )
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -97,16 +99,24 @@ def with_adapter(model: PreTrainedModel, name: str) -> Any:
     return adapted.merge_and_unload()
 
 
-def save_student(student: Any, folder: Path) -> None:
-    """A plain model, or the adapters of a PeftModel."""
-    # peft would ask the hub whether the embeddings have grown; ours never do.
-    options = {"save_embedding_layers": False} if isinstance(student, PeftModel) else {}
+def save_student(student: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """A plain model, or the adapters of a PeftModel; state: of the student, where it is sharded."""
+    options: dict[str, Any] = {} if state is None else {"state_dict": state}
+    if isinstance(student, PeftModel):
+        # peft would ask the hub whether the embeddings have grown; ours never do.
+        options["save_embedding_layers"] = False
     student.save_pretrained(folder, **options)
 
 
-def load_adapter(student: PeftModel, folder: str) -> None:
-    """The saved adapters, into those of `student`."""
-    set_peft_model_state_dict(student, load_peft_weights(folder, device="cpu"))
+def saved_tensors(student: Any, folder: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor of `student` that a folder of `save_student` holds, with what it holds."""
+    if isinstance(student, PeftModel):
+        ours = get_peft_model_state_dict(student, save_embedding_layers=False)
+        saved = load_peft_weights(folder, device="cpu")
+    else:
+        ours = student.state_dict()
+        saved = type(student).from_pretrained(folder, dtype=student.dtype).state_dict()
+    return ((ours[name], saved[name]) for name in ours)
 
 
 def set_adapter_aside(folder: Path) -> Path:

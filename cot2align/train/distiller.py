@@ -63,6 +63,8 @@ class Distiller(nn.Module):
                 for name in model._no_split_modules or ()
             }
         )
+        self.register_state_dict_post_hook(_without_teacher)
+        self.register_load_state_dict_post_hook(_teacher_not_missing)
         self.train(self.training)
 
     def forward(
@@ -148,6 +150,18 @@ class Distiller(nn.Module):
         if isinstance(self.kd, nn.Module):
             parameters |= {f"kd.{name}": p for name, p in self.kd.named_parameters()}
         return parameters
+
+
+def _without_teacher(
+    distiller: nn.Module, state: dict[str, Any], prefix: str, metadata: object
+) -> None:
+    """The teacher is in no checkpoint, whoever writes it."""
+    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+        del state[name]
+
+
+def _teacher_not_missing(distiller: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("teacher.")]
 
 
 def _not_in_float16(device: str) -> AbstractContextManager:

@@ -42,6 +42,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import (
@@ -63,8 +64,8 @@ from cot2align.kernels.ot_loss import OTSettings, choose_backend
 from cot2align.train.adapters import (
     add_lora,
     base_of,
-    load_adapter,
     save_student,
+    saved_tensors,
     set_adapter_aside,
 )
 from cot2align.train.config import (
@@ -417,6 +418,9 @@ class DistillTrainer(Trainer):
         self.progress = Progress()
         self.add_callback(self.progress)
 
+        if self.is_deepspeed_enabled and config.on_nan == "skip":
+            raise UserError("'on_nan: skip' does not go with DeepSpeed, which steps by itself")
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Student: decayed and undecayed parameters; projections: decayed, with their own rate."""
         if self.optimizer is None:
@@ -501,6 +505,7 @@ class DistillTrainer(Trainer):
         broken = torch.stack([p.loss for p in passes]).isfinite().logical_not()
         spiked = torch.stack([p.ce for p in passes]) > self._spike_limit()
         norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=broken.device)
+        norm = _unsharded(norm)
         # With float16 that is for the loss scale to handle.
         overflow = norm.isfinite().logical_not() & (not self.config.fp16)
         requested = torch.tensor(self.termination.requested, device=broken.device)
@@ -614,33 +619,25 @@ class DistillTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student and the projections; called on all processes, the main one writes."""
+        if self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, gathered_state(self.model))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         with _whole(Path(output_dir or self.config.output)) as folder:
-            save_student(self.model.student, folder)
+            save_state(self.model, folder, state_dict)
             self.student_tokenizer.save_pretrained(folder)
-            projections = self.model.projection_parameters()
-            if projections:
-                tensors = {name: p.detach().contiguous().cpu() for name, p in projections.items()}
-                save_file(tensors, folder / PROJECTIONS_FILE)
             (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        student = self.model.student
-        if isinstance(student, PeftModel):
-            load_adapter(student, resume_from_checkpoint)
-        else:
-            saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
-            student.load_state_dict(saved.state_dict())
-        projections = self.model.projection_parameters()
-        if projections:
-            tensors = load_file(Path(resume_from_checkpoint) / PROJECTIONS_FILE)
-            with torch.no_grad():
-                for name, parameter in projections.items():
-                    parameter.copy_(tensors[name])
+        load_state(self.model, Path(resume_from_checkpoint))
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None
@@ -655,7 +652,7 @@ class DistillTrainer(Trainer):
                 "projections": [*self.model.projection_parameters().values()],
             }
             norms = {
-                name: get_total_norm([p.grad for p in parameters if p.grad is not None])
+                name: _unsharded(get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 for name, parameters in groups.items()
                 if parameters
             }
@@ -693,6 +690,58 @@ class DistillTrainer(Trainer):
         self._metrics.clear()
         self._steps = 0
         return logs
+
+
+def gathered_state(distiller: Distiller) -> dict[str, Tensor] | None:
+    """What is saved, whole, by its name in `distiller`; None where nothing is sharded.
+
+    All processes have to call it; each gets a copy on its CPU.
+    """
+    if not any(isinstance(p, DTensor) for p in distiller.student.parameters()):
+        return None
+    names = distiller.state_dict().keys()
+    adapters_only = isinstance(distiller.student, PeftModel)
+    tensors = [*distiller.named_parameters(), *distiller.named_buffers()]
+    return {
+        name: _unsharded(tensor.detach()).cpu()
+        for name, tensor in tensors
+        if name in names and (tensor.requires_grad or not adapters_only)
+    }
+
+
+def save_state(distiller: Distiller, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write student and projections; state: `gathered_state`."""
+    student = None
+    projections: dict[str, Tensor] = {**distiller.projection_parameters()}
+    if state is not None:
+        prefix = "student."
+        student = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        projections = {
+            name: state[name if name.startswith("kd.") else f"cross_cot.{name}"]
+            for name in projections
+        }
+    save_student(distiller.student, folder, student)
+    if projections:
+        tensors = {name: p.detach().contiguous().cpu() for name, p in projections.items()}
+        save_file(tensors, folder / PROJECTIONS_FILE)
+
+
+@torch.no_grad()
+def load_state(distiller: Distiller, folder: Path) -> None:
+    """Read what `save_state` wrote; a sharded distiller takes its shards, on all processes."""
+    pairs = list(saved_tensors(distiller.student, str(folder)))
+    projections = distiller.projection_parameters()
+    if projections:
+        saved = load_file(folder / PROJECTIONS_FILE)
+        pairs += [(parameter, saved[name]) for name, parameter in projections.items()]
+    for ours, theirs in pairs:
+        if isinstance(ours, DTensor):
+            theirs = distribute_tensor(theirs.to(ours.device), ours.device_mesh, ours.placements)
+        ours.copy_(theirs)
+
+
+def _unsharded(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 SHOWN_PARTS = ("loss", "ce", "kd", "ot", "eval_loss")
