@@ -107,11 +107,58 @@ class TrainConfig(TextConfig):
     max_grad_norm: float = setting(1.0, "gradient clipping norm; 0 = off", at_least=0)
     seed: int = setting(10, "seed of initialisation, order and dropout", at_least=0)
     bf16: bool = setting(False, "mixed precision with bfloat16; the losses stay float32")
+    fp16: bool = setting(
+        False, "mixed precision with float16 and a loss scale; heads and losses float32; on a GPU"
+    )
+    attn_implementation: str | None = setting(
+        None,
+        "attention of student and teacher; none: the model's own choice",
+        choices=("sdpa", "eager", "flash_attention_2"),
+    )
+    torch_compile: bool = setting(False, "compile the student's body; needs a C++ compiler")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass")
     logging_steps: int = setting(10, "optimizer steps between two log entries", at_least=1)
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
     eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
     checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+    report_to: list[str] = field(
+        default_factory=list, metadata=about("trackers, by transformers' names; empty: none")
+    )
+    on_nan: str = setting(
+        "stop",
+        "a loss or gradient that is not finite stops the run, or its step is skipped",
+        choices=("stop", "skip"),
+    )
+    spike_factor: float = setting(
+        2.0,
+        "log the rows of a forward pass with this many times the last logged ce; 0 = off",
+        at_least=0,
+    )
+    lora_r: int = setting(0, "rank of LoRA adapters; 0: all weights are trained", at_least=0)
+    lora_alpha: float = setting(16.0, "LoRA scale, times 1 / lora_r", above=0)
+    lora_dropout: float = setting(0.0, "dropout in front of the adapters", at_least=0, at_most=0.99)
+    target_modules: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata=about("names of the modules with adapters; auto: all linear ones but the head"),
+    )
+    merge: bool = setting(False, "save a plain model at the end; its adapter goes to adapter/")
+    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits; needs a GPU")
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        for contradicted, reason in (
+            (self.bf16 and self.fp16, "'bf16' and 'fp16' are both on; choose one"),
+            (
+                self.load_in_4bit and not self.lora_r,
+                "'load_in_4bit' is on and 'lora_r' is 0: weights of 4 bits cannot be trained",
+            ),
+            (
+                self.lora_r > 0 and not self.target_modules,
+                "setting 'target_modules' is empty; 'lora_r: 0' trains all weights",
+            ),
+        ):
+            if contradicted:
+                raise UserError(reason)
 
 
 @dataclass(kw_only=True)
@@ -131,6 +178,11 @@ class DistillConfig(TrainConfig):
         "auto",
         "teacher weights; auto: as saved",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    teacher_quantization: str = setting(
+        "none",
+        "teacher weights in fewer bits, through bitsandbytes; needs a GPU",
+        choices=("none", "8bit", "4bit"),
     )
     alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
     kd: str = setting(
@@ -186,6 +238,7 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
+        super().__post_init__()
         layers = [{"0": "embed", "-1": "last"}.get(name, name) for name in self.layers]
         for contradicted, reason in (
             (
@@ -407,6 +460,11 @@ class PrepareConfig:
 # What has no effect, and when.
 _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
+    (
+        "lora_r is 0",
+        lambda config: config.lora_r == 0,
+        ("lora_alpha", "lora_dropout", "target_modules", "merge"),
+    ),
     ("kd is none", lambda config: config.kd == "none", ("divergence", "temperature")),
     ("kd is not mined", lambda config: config.kd != "mined", ("token_maps",)),
     ("kd is not dskd", lambda config: config.kd != "dskd", ("t2s_init",)),

@@ -359,9 +359,10 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Example:
-    """One row, tokenised: its texts of the wanted kinds."""
+    """One row, tokenised: its texts of the wanted kinds; the row's id."""
 
     texts: tuple[TextPair, ...]
+    id: str = ""
 
 
 def encode_rows(
@@ -408,7 +409,11 @@ def encode_rows(
                     f"response of row {rows[index].id!r} differently"
                 )
             pairs[index].append(TextPair(is_cot, student_text, teacher_text, alignment))
-    examples = [Example(tuple(row_pairs)) for row_pairs in pairs if row_pairs]
+    examples = [
+        Example(tuple(row_pairs), row.id)
+        for row, row_pairs in zip(rows, pairs, strict=True)
+        if row_pairs
+    ]
     if not examples:
         raise UserError("no row has a rationale, and texts is 'cot': nothing to train on")
     totals = {
@@ -425,10 +430,10 @@ def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, 
     """One batch: the texts of all rows, row by row, as `B` texts for each model.
 
     Returns {"student": model batch, "teacher": model batch (in distillation only), "text_rows": [B]
-    row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows"}. See
-    `model_batch`. With MinED the student's has an "alignment" of its R response tokens: int64
-    "student" [A] and "teacher" [A], the aligned ones and their partners of the teacher's, and
-    "unaligned" [R - A].
+    row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows",
+    "ids": of the rows}. See `model_batch`. With MinED the student's has an "alignment" of its R
+    response tokens: int64 "student" [A] and "teacher" [A], the aligned ones and their partners of
+    the teacher's, and "unaligned" [R - A].
     """
     texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
     batch: dict[str, Any] = {
@@ -437,6 +442,7 @@ def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, 
         "text_is_cot": [pair.is_cot for _, pair in texts],
         "num_tokens": sum(len(pair.student.response_ids) for _, pair in texts),
         "num_rows": len(examples),
+        "ids": [example.id for example in examples],
     }
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:
