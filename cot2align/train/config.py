@@ -121,6 +121,16 @@ class TrainConfig(TextConfig):
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
     eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
     checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+    generate_rows: int = setting(
+        0, "evaluation rows to generate for, greedily, at every evaluation; 0 = none", at_least=0
+    )
+    generate_prompt: str = setting("standard", "the prompt of those rows", choices=PROMPTS)
+    max_new_tokens: int = setting(256, "tokens generated for such a row at most", at_least=1)
+    keep_best: str = setting(
+        "none",
+        "evaluation whose weights are kept at the end: none, the last; by ROUGE-L; by loss",
+        choices=("none", "rougeL", "loss"),
+    )
     report_to: list[str] = field(
         default_factory=list, metadata=about("trackers, by transformers' names; empty: none")
     )
@@ -147,6 +157,18 @@ class TrainConfig(TextConfig):
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
         for contradicted, reason in (
+            (
+                self.generate_rows > 0 and self.eval is None,
+                "'generate_rows' takes rows of 'eval', which is none",
+            ),
+            (
+                self.keep_best == "rougeL" and not self.generate_rows,
+                "'keep_best' is rougeL and 'generate_rows' is 0: nothing to score",
+            ),
+            (
+                self.keep_best == "loss" and self.eval is None,
+                "'keep_best' is loss and 'eval' is none: no loss to compare",
+            ),
             (self.bf16 and self.fp16, "'bf16' and 'fp16' are both on; choose one"),
             (
                 self.load_in_4bit and not self.lora_r,
@@ -460,6 +482,11 @@ class PrepareConfig:
 # What has no effect, and when.
 _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
+    (
+        "generate_rows is 0",
+        lambda config: config.generate_rows == 0,
+        ("generate_prompt", "max_new_tokens"),
+    ),
     (
         "lora_r is 0",
         lambda config: config.lora_r == 0,
