@@ -18,6 +18,7 @@ COMMANDS = {
     "augment": ("let the teacher write a rationale per row", "config:AugmentConfig", "augment"),
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
     "evaluate": ("generate for test rows and score", "config:EvaluateConfig", "evaluate"),
+    "judge": ("let a language model compare two systems", "config:JudgeConfig", "judge"),
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),
 }
 PROG = "python -m cot2align.train"

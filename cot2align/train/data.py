@@ -18,7 +18,9 @@ nothing back from the device.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,10 @@ class PromptFormat:
         if is_cot:
             return self.cot_with_input if row.input else self.cot
         return self.standard_with_input if row.input else self.standard
+
+    def text(self, row: Row, is_cot: bool) -> str:
+        """The row's whole prompt; in the format "chat", the user's message."""
+        return self.template(row, is_cot).format(instruction=row.instruction, input=row.input)
 
 
 _SECTIONS = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -158,6 +164,40 @@ def parse_row(line: str, where: str, default_id: str) -> Row:
         rationale=texts["rationale"].strip(),
         fields=fields,
     )
+
+
+def whole_lines(path: str) -> list[str]:
+    """The JSON lines of a file that a killed run was appending to, without a torn last one; none
+    where there is no file. Raises UserError."""
+    if not Path(path).exists():
+        return []
+    with writing(path):
+        *lines, tail = Path(path).read_bytes().split(b"\n")
+    try:
+        json.loads(tail)
+        lines.append(tail)
+    except ValueError:
+        pass
+    try:
+        return [line.decode("utf-8") for line in lines]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def write_lines(path: str, lines: Iterable[str]) -> None:
+    """Write the file whole or not at all."""
+    partial = Path(path + ".partial")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, path)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turns what the file system refuses (no space, no permission) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
