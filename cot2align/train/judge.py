@@ -142,8 +142,7 @@ def run(config: JudgeConfig) -> dict[str, Any]:
         raise UserError(f"all requests were refused: {next(iter(failures.refused.values()))}")
     said = {key: verdict for key, (_, verdict) in verdicts.items()}
     results = {
-        "a": _label(config.a),
-        "b": _label(config.b),
+        **_labels(config.a, config.b),
         "judge": config.model,
         "prompt": config.prompt,
         "prediction_seed": seed,
@@ -305,8 +304,11 @@ def _open_output(
     return verdicts
 
 
-def _label(path: str) -> str:
-    return str(Path(path).parent if Path(path).name == PREDICTIONS_FILE else Path(path))
+def _labels(a: str, b: str) -> dict[str, str]:
+    """Both systems' names: those of their folders, or of files with other names; or the paths."""
+    paths = [Path(path).resolve() for path in (a, b)]
+    names = [path.parent.name if path.name == PREDICTIONS_FILE else path.name for path in paths]
+    return dict(zip("ab", names if len(set(names)) == 2 else (a, b), strict=True))
 
 
 def _report(output: str, results: dict[str, Any]) -> None:
@@ -342,16 +344,17 @@ def _chart(path: Path, results: dict[str, Any]) -> None:
     except ModuleNotFoundError:
         print("no chart: it needs matplotlib (pip install 'cot2align[bench]')")
         return
-    figure = Figure(figsize=(7, 1.8), layout="constrained")
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
     axes = figure.add_subplot()
     left = 0
-    names = {"win": f"{results['a']} wins", "tie": "tie", "loss": f"{results['b']} wins"}
     for name, color in (("win", "#4c956c"), ("tie", "#cccccc"), ("loss", "#d1495b")):
-        bars = axes.barh([0], [results[name]], left=left, color=color, label=names[name])
+        bars = axes.barh([0], [results[name]], left=left, color=color, label=name)
         axes.bar_label(bars, label_type="center")
         left += results[name]
-    axes.set(yticks=[], xlim=(0, left), xlabel="rows")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    axes.set(
+        yticks=[], xlim=(0, left), xlabel="rows", title=f"{results['a']} against {results['b']}"
+    )
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png", dpi=150)
     os.replace(partial, path)

@@ -140,7 +140,7 @@ def test_killed_and_resumed_loses_and_repeats_nothing(settings) -> None:
 def test_interrupted_and_resumed(settings, capsys) -> None:
     def answer(prompt: str, _: int) -> Answer:
         if len(loopback.requests) == 20:
-            threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
         return Answer(teacher(prompt), delay=30 * (len(loopback.requests) >= 20))
 
     with serve(answer) as loopback:

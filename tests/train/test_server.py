@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ def test_a_failing_receiver_stops_the_run() -> None:
 
 def test_interrupt_does_not_wait_for_slow_answers() -> None:
     with serve(lambda *_: Answer("x", delay=3)) as loopback:
-        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
         start = monotonic()
         timer.start()
         with pytest.raises(KeyboardInterrupt):
