@@ -221,10 +221,11 @@ class Server:
         return UserError(f"server {self.url} {what}: {self._said(response)}")
 
     def _said(self, response: httpx2.Response) -> str:
-        text = " ".join(response.text.split())
+        text = "".join(c if c.isprintable() else " " for c in response.text)
         if self.key:
             text = text.replace(self.key, "***")
-        return f"{response.status_code} {response.reason_phrase} {text[:200]!r}"
+        words = f"{response.status_code} {response.reason_phrase}: {' '.join(text.split())[:200]}"
+        return words.rstrip(": ")
 
 
 def _text(choice: Any, chat: bool) -> str:
