@@ -1,4 +1,4 @@
-"""The command line: `python -m cot2align.train COMMAND --config FILE [--key value]...`.
+"""The command line: `python -m cot2align.train COMMAND [FILE] [--key value]...`.
 
 A command is a config class and a `run(config)`, each imported only when it is asked for, so that
 `--help` needs no torch. A user's mistake is one line on stderr and exit code 2, never a traceback.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from cot2align.train.config import UserError, nearest, parse_command_line
 
@@ -19,6 +20,8 @@ COMMANDS = {
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
     "evaluate": ("generate for test rows and score", "config:EvaluateConfig", "evaluate"),
     "judge": ("let a language model compare two systems", "config:JudgeConfig", "judge"),
+    "run": ("a whole study from one recipe, to one table", "config:RecipeConfig", "recipe"),
+    "new-model": ("an untrained small model from rows", "config:NewModelConfig", "new_model"),
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),
 }
 PROG = "python -m cot2align.train"
@@ -33,11 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if argv else 2
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
-        _, config_class, run_module = COMMANDS[argv[0]]
-        config_module, class_name = config_class.split(":")
-        cls = getattr(importlib.import_module(f"cot2align.train.{config_module}"), class_name)
-        config = parse_command_line(cls, f"{PROG} {argv[0]}", argv[1:])
-        importlib.import_module(f"cot2align.train.{run_module}").run(config)
+        config = parse_command_line(config_class(argv[0]), f"{PROG} {argv[0]}", argv[1:])
+        run_module(argv[0]).run(config)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -49,8 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def config_class(command: str) -> Any:
+    """The dataclass of a command's settings."""
+    module, name = COMMANDS[command][1].split(":")
+    return getattr(importlib.import_module(f"cot2align.train.{module}"), name)
+
+
+def run_module(command: str) -> Any:
+    """The module whose `run(config)` is the command."""
+    return importlib.import_module(f"cot2align.train.{COMMANDS[command][2]}")
+
+
 def _usage() -> str:
-    lines = [f"usage: {PROG} COMMAND --config FILE [--key value]...", "", "commands:"]
+    lines = [f"usage: {PROG} COMMAND [FILE] [--key value]...", "", "commands:"]
     lines += [f"  {name:<10}{what}" for name, (what, _, _) in COMMANDS.items()]
     return "\n".join([*lines, "", f"{PROG} COMMAND --help lists a command's settings."])
 

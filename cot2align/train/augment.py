@@ -6,7 +6,7 @@ teacher wrote before "Therefore, the answer is:". An empty one means that the ro
 chain-of-thought text; `rationale_dropped` then says why, unless the row was not asked for:
 
     empty         nothing was written
-    repetition    of its word 4-grams, more than `max_repetition` had occurred before
+    repetition    more than `max_repetition` percent of its word 4-grams stand in it before
     length        fewer or more words than `min_rationale_words`, `max_rationale_words`
     disagreement  the answer that follows is not the row's output, or there is none; off by default,
                   since an answer can be right in other words
@@ -31,21 +31,12 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from cot2align.train.config import AugmentConfig, UserError, without_effect
-from cot2align.train.data import (
-    ANSWER_MARKER,
-    PROMPT_FORMATS,
-    Row,
-    parse_row,
-    read_rows,
-    whole_lines,
-    write_lines,
-    writing,
-)
-from cot2align.train.evaluate import ANSWER, answer_of, exact_match, rouge_l
+from cot2align.train.data import ANSWER_MARKER, PROMPT_FORMATS, Row, parse_row, read_rows
+from cot2align.train.evaluate import ANSWER, answer_of, exact_match, repetition, rouge_l
+from cot2align.train.files import whole_lines, write_whole, writing
 from cot2align.train.generation import Generator
 from cot2align.train.server import Server, request_seed
 
-REPEATED_WORDS = 4
 ADDED_FIELDS = ("id", "rationale", "rationale_dropped")
 
 Receive = Callable[[Row, str], None]  # a row and what the teacher wrote for it
@@ -64,11 +55,12 @@ def run(config: AugmentConfig) -> dict[str, Any]:
     asked = [row for row in rows if row.input or not config.only_with_input]
     missing = sum(row.id not in done for row in asked)
     generate = (_by_transformers if config.server is None else _by_server)(config, asked, {*done})
-    with writing(config.output):
-        write_lines(config.output, done.values())  # without a torn last line
+    output = Path(config.output)
+    with writing(output):
+        write_whole(output, "".join(done.values()))  # without a torn last line
     with (
-        writing(config.output),
-        Path(config.output).open("a", encoding="utf-8") as file,
+        writing(output),
+        output.open("a", encoding="utf-8") as file,
         tqdm(total=len(asked), initial=len(asked) - missing, unit="row", desc="rationales") as bar,
     ):
 
@@ -80,7 +72,7 @@ def run(config: AugmentConfig) -> dict[str, Any]:
         for row in rows:
             if row.id not in done:
                 done[row.id] = _write(file, row, "", "refused" if row.id in refused else "")
-        write_lines(config.output, (done[row.id] for row in rows))
+        write_whole(output, "".join(done[row.id] for row in rows))
     written = [json.loads(done[row.id]) for row in rows]
     dropped = Counter(fields.get("rationale_dropped") for fields in written)
     dropped.pop(None, None)
@@ -102,13 +94,6 @@ def run(config: AugmentConfig) -> dict[str, Any]:
 def rationale_of(text: str) -> str:
     """What was written before the answer: up to the first answer marker, in any case."""
     return re.split(re.escape(ANSWER_MARKER), text, maxsplit=1, flags=re.IGNORECASE)[0].strip()
-
-
-def repetition(text: str) -> float:
-    """The share of the text's word 4-grams that have occurred in it before; 0 for a short text."""
-    words = text.lower().split()
-    grams = [tuple(words[i : i + REPEATED_WORDS]) for i in range(len(words) - REPEATED_WORDS + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _filtered(config: AugmentConfig, row: Row, text: str) -> tuple[str, str]:
@@ -135,7 +120,7 @@ def _by_transformers(
 ) -> Callable[[Receive], set[str]]:
     """Loads the model; what is returned generates the rows that are not done, refusing none."""
     transformers_logging.set_verbosity_error()
-    generator = Generator(config)
+    generator = Generator.load(config)
     prompts, cut = generator.prompts(asked, is_cot=True)
     if cut:
         print(f"{100 * cut / len(asked):.1f} % of the prompts were cut to fit", flush=True)
@@ -148,7 +133,7 @@ def _by_transformers(
             texts = generator.generate([prompts[i] for i in batch], config.seed, config.temperature)
             for i, text in zip(batch, texts, strict=True):
                 if asked[i].id not in done:
-                    receive(asked[i], text)
+                    receive(asked[i], text.text)
         return set()
 
     return generate
@@ -187,8 +172,8 @@ def _write(file: Any, row: Row, rationale: str, dropped: str) -> str:
     fields = {**_given(row), "id": row.id, "rationale": rationale}
     if dropped:
         fields["rationale_dropped"] = dropped
-    line = json.dumps(fields, ensure_ascii=False)
-    file.write(line + "\n")
+    line = json.dumps(fields, ensure_ascii=False) + "\n"
+    file.write(line)
     file.flush()
     return line
 
@@ -202,7 +187,7 @@ def _open_output(config: AugmentConfig, rows: list[Row]) -> dict[str, str]:
     path = Path(config.output)
     if path.is_dir():
         raise UserError(f"output {config.output} is a folder, expected a file")
-    with writing(config.output):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         used = path.exists() and path.stat().st_size > 0
     if used and not config.resume:
@@ -211,7 +196,7 @@ def _open_output(config: AugmentConfig, rows: list[Row]) -> dict[str, str]:
         )
     by_id = {row.id: row for row in rows}
     done: dict[str, str] = {}
-    for number, line in enumerate(whole_lines(config.output), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         where = f"{config.output}:{number}"
         row = parse_row(line, where, default_id="")
         source = by_id.get(row.id)
@@ -220,5 +205,5 @@ def _open_output(config: AugmentConfig, rows: list[Row]) -> dict[str, str]:
                 f"{where}: row {row.id!r} is not, or not once, a row of {config.data}; the file "
                 "belongs to another run"
             )
-        done[row.id] = line
+        done[row.id] = line + "\n"
     return done

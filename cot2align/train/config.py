@@ -4,7 +4,9 @@ A setting is a dataclass field made by `setting(...)`: its default, its help wit
 range. From these come the `--help` texts, the type checks, and the errors that offer the nearest
 name. The command line beats the YAML file. Relative paths are taken as given.
 
-There is no nesting, no interpolation and no inheritance between files; nothing here imports torch.
+A file may begin from another with `base: FILE` (relative to itself, one level deep): its own
+settings beat the base's, key by key. There is no interpolation, and nesting in recipes only.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -62,7 +64,11 @@ def setting(default: Any = dataclasses.MISSING, help: str = "", **limits: Any) -
 class TextConfig:
     """Settings of everything that reads rows and models."""
 
-    prompt_format: str = setting("alpaca", "prompt template", choices=("alpaca", "short"))
+    prompt_format: str = setting(
+        "paper",
+        "the paper's Figure 3, each model's own chat template, or the row's words alone",
+        choices=("paper", "chat", "raw"),
+    )
     max_length: int = setting(512, "prompt and response together, tokens", at_least=8)
     trust_remote_code: bool = setting(
         False, "run code that comes with a model folder; off unless you trust its author"
@@ -268,10 +274,10 @@ class AugmentConfig(GenerationConfig, ServerConfig):
     temperature: float = setting(1.0, "sampling temperature", above=0)
     only_with_input: bool = setting(False, "no rationale for rows whose input is empty")
     max_repetition: float = setting(
-        0.5,
-        "drop a rationale with a larger share of repeated word 4-grams; 1 = off",
+        50.0,
+        "drop a rationale with more repeated word 4-grams, percent; 100 = off",
         at_least=0,
-        at_most=1,
+        at_most=100,
     )
     min_rationale_words: int = setting(1, "drop a shorter rationale, words", at_least=1)
     max_rationale_words: int | None = setting(
@@ -300,15 +306,105 @@ class AugmentConfig(GenerationConfig, ServerConfig):
 class EvaluateConfig(GenerationConfig):
     """Generate for test rows; ROUGE-L, exact match, and the loss of the reference text."""
 
+    on: list[str] = field(
+        default_factory=list,
+        metadata=about("names of sets: rows are read from DATA/NAME/test.jsonl, each scored apart"),
+    )
     output: str = setting(help="folder for predictions and results; new or empty")
+    resume: bool = setting(False, "keep the predictions in the output folder, add the others")
     prompts: list[str] = field(
         default_factory=lambda: ["standard"],
         metadata=about("prompts to evaluate under", choices=PROMPTS),
     )
     seeds: list[int] = field(
-        default_factory=list,
+        default_factory=lambda: [10, 20, 30, 40, 50],
         metadata=about("sampling seeds, one run each (temperature 1); empty: one greedy run"),
     )
+    rouge_tokens: str = setting(
+        "rouge",
+        "what ROUGE-L compares: stemmed a-z words as published, or any script's",
+        choices=("rouge", "words", "characters"),
+    )
+
+
+@dataclass(kw_only=True)
+class NewModelConfig:
+    """Make an untrained small model, with a tokenizer from the texts of rows."""
+
+    data: str = setting(help="rows, a JSON Lines file")
+    output: str = setting(help="folder of the model; new or empty")
+    shape: str = setting("gpt2", "architecture", choices=("gpt2", "llama", "qwen2", "mistral"))
+    tokenizer: str = setting(
+        "bpe",
+        "byte-level BPE, SentencePiece's BPE, its Unigram, or whole words",
+        choices=("bpe", "spm", "unigram", "words"),
+    )
+    pieces: int = setting(4000, "tokens at most", at_least=380)
+    width: int = setting(160, "width of the hidden states", at_least=8)
+    layers: int = setting(4, "transformer layers", at_least=1)
+    heads: int = setting(
+        4, "attention heads; of the others than gpt2, half for the keys", at_least=2
+    )
+    max_length: int = setting(512, "tokens that it takes", at_least=8)
+    # The usual 0.02 learns slowly at a small width.
+    init_std: float = setting(0.05, "standard deviation of the first weights", above=0)
+    prompt_format: str = setting(
+        "paper", "of the texts that the tokenizer is made from", choices=("paper", "chat", "raw")
+    )
+    seed: int = setting(10, "seed of the first weights", at_least=0)
+
+
+@dataclass(kw_only=True)
+class RecipeConfig:
+    """A whole study: data, teachers, rationales, a student for each method and seed, one table.
+
+    The sections hold settings of other commands; see docs/recipes.md.
+    """
+
+    output: str = setting(help="folder of the study; what is finished in it is not run again")
+    data: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("train, validation, test: files; or the settings of prepare"),
+    )
+    models: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("name -> settings of new-model: untrained, from the rows"),
+    )
+    common: dict[str, Any] = field(
+        default_factory=dict, metadata=about("settings of every command that has them")
+    )
+    teachers: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("name -> settings of sft; the first writes the rationales"),
+    )
+    rationales: dict[str, Any] | None = field(
+        default=None, metadata=about("settings of augment; none: the rows as they are")
+    )
+    students: dict[str, Any] = field(
+        default_factory=dict, metadata=about("settings that all methods share")
+    )
+    methods: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("name -> settings of distill, or of sft (command: sft)"),
+    )
+    tune: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("one setting -> values to try for each method, on validation"),
+    )
+    evaluate: dict[str, Any] = field(default_factory=dict, metadata=about("settings of evaluate"))
+    judge: dict[str, Any] | None = field(
+        default=None, metadata=about("settings of judge, and `against`: a method; none: off")
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [10], metadata=about("training seeds, a student each", at_least=0)
+    )
+    jobs: int = setting(
+        1, "stages that run at the same time, with a share of the cores", at_least=1
+    )
+    launcher: str | None = setting(
+        None, "what starts a training instead of python, as: torchrun --nproc-per-node 4"
+    )
+    device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu"))
 
 
 @dataclass(kw_only=True)
@@ -322,6 +418,7 @@ class JudgeConfig(ServerConfig):
     resume: bool = setting(False, "keep the verdicts that the output folder holds, ask the others")
     server: str = setting(help="URL of an OpenAI-compatible server")
     model: str = setting(help="the judge's name on that server")
+    set: str | None = setting(None, "set of the predictions; none: they are of one set")
     prompt: str = setting("standard", "the prompt the predictions were made under", choices=PROMPTS)
     prediction_seed: int | None = setting(
         None, "decoding seed of the predictions; none: the first in `a`"
@@ -395,16 +492,17 @@ def from_sources(cls: type[Config], yaml_path: str | None, overrides: dict[str, 
     Raises UserError for an unreadable file, an unknown name, a wrong type or range, or a missing
     setting.
     """
-    given = {} if yaml_path is None else _read_yaml(yaml_path)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in given:
-        if name not in known:
-            raise UserError(f"{yaml_path}: unknown setting {name!r}{nearest(str(name), known)}")
+    given = {} if yaml_path is None else _read_with_base(yaml_path)
+    _check_names(cls, given, f"{yaml_path}: ")
     return build(cls, {**given, **overrides})
 
 
 def build(cls: type[Config], values: dict[str, Any]) -> Config:
-    """A config from checked values; texts are read as the field's type. Raises UserError."""
+    """A config from checked values; texts are read as the field's type.
+
+    Raises UserError for an unknown name, a wrong type or range, or a missing setting.
+    """
+    _check_names(cls, values, "")
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     checked = {f.name: _check(f, hints[f.name], values[f.name]) for f in fields if f.name in values}
@@ -413,6 +511,13 @@ def build(cls: type[Config], values: dict[str, Any]) -> Config:
         if required and f.name not in checked:
             raise UserError(f"setting {f.name!r} is missing ({f.metadata['help']})")
     return cls(**checked)
+
+
+def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}unknown setting {name!r}{nearest(str(name), known)}")
 
 
 def to_yaml(config: Any) -> str:
@@ -430,7 +535,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Config:
-    """Parse `--config FILE [--key value]...`;"""
+    """Parse `[--config] FILE [--key value]...`. Raises UserError."""
     parser = _Parser(
         prog=prog, description=cls.__doc__, allow_abbrev=False, formatter_class=_HelpFormatter
     )
@@ -438,6 +543,8 @@ def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Con
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if _is_section(hints[f.name]):
+            continue
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_text(f)}
         options["metavar"] = _type_name(hints[f.name]).upper()
         if hints[f.name] is bool:
@@ -445,6 +552,8 @@ def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Con
         elif typing.get_origin(hints[f.name]) is list:
             options["nargs"] = "*"
         parser.add_argument(f"--{f.name}", **options)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
@@ -466,7 +575,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
-        super().add_usage("%(prog)s --config FILE [--key value]...", [], [], prefix)
+        super().add_usage("%(prog)s [FILE] [--key value]...", [], [], prefix)
 
 
 def _help_text(f: dataclasses.Field) -> str:
@@ -482,6 +591,29 @@ def _help_text(f: dataclasses.Field) -> str:
         if f.default is None or isinstance(f.default, bool):
             default = default.lower()
     return text.replace("%", "%%") + f" [{default}]"
+
+
+def _read_with_base(path: str) -> dict[str, Any]:
+    given = _read_yaml(path)
+    base = given.pop("base", None)
+    if base is None:
+        return given
+    if not isinstance(base, str):
+        raise UserError(f"{path}: 'base': expected a file, got {base!r}")
+    base_path = str(Path(path).parent / base)
+    below = _read_yaml(base_path)
+    if "base" in below:
+        raise UserError(f"{base_path} has a base of its own; {path} may go one level deep only")
+    return merged(below, given)
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, with the values of `above` where both have one, key by key in mappings."""
+    result = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(name), dict)
+        result[name] = merged(below[name], value) if both else value
+    return result
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -511,6 +643,10 @@ def _check(f: dataclasses.Field, hint: Any, value: Any) -> Any:
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if _is_section(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"section {f.name!r}: expected `name: value` lines, got {value!r}")
+        return value
     if typing.get_origin(hint) is list:
         (item_hint,) = typing.get_args(hint)
         if isinstance(value, str):
@@ -564,6 +700,11 @@ def _convert(name: str, hint: type, value: Any) -> Any:
 
 def _wrong_type(name: str, hint: Any, value: Any) -> UserError:
     return UserError(f"setting {name!r}: expected {_type_name(hint)}, got {value!r}")
+
+
+def _is_section(hint: Any) -> bool:
+    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(typing.get_origin(arm) is dict for arm in arms)
 
 
 def _type_name(hint: Any) -> str:

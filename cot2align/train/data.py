@@ -7,8 +7,9 @@ has a standard text and, where it has a rationale, a chain-of-thought (CoT) text
     CoT        prompt that asks for steps + "{rationale}\\nTherefore, the answer is: {output}"
 
 Prompt and response are tokenised separately, the end-of-sequence token closes the response, and
-every model has its own tokenizer. A text that is too long loses tokens of its prompt's input first,
-then of its instruction, never of the `### Response:` tail; then of its response's end.
+every model has its own tokenizer and, with `prompt_format: chat`, its own chat template. A text
+that is too long loses tokens of its prompt's input first, then of its instruction, never of what
+follows them (`### Response:`); then of its response's end.
 
 A batch carries all texts of its rows, standard and CoT alike, once per model. The positions that
 predict a response token are computed here, on the CPU, so that the models' forward passes read
@@ -18,9 +19,7 @@ nothing back from the device.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,24 +61,31 @@ _COT = (
     "Below is an instruction that describes a task. "
     "Write a response with reasoning step by step that appropriately completes the request."
 )
-_STEPS = "Let's think step by step.\n"
+_STEPS = "Let's think step by step."
 PROMPT_FORMATS = {
     # Figure 3 of the paper.
-    "alpaca": PromptFormat(
+    "paper": PromptFormat(
         standard="Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request." + _SECTIONS,
         standard_with_input="Below is an instruction that describes a task, paired with an input "
         "that provides further context. "
         "Write a response that appropriately completes the request." + _SECTIONS_WITH_INPUT,
-        cot=_COT + _SECTIONS + _STEPS,
-        cot_with_input=_COT + _SECTIONS_WITH_INPUT + _STEPS,
+        cot=_COT + _SECTIONS + _STEPS + "\n",
+        cot_with_input=_COT + _SECTIONS_WITH_INPUT + _STEPS + "\n",
     ),
-    # For small models and small context windows.
-    "short": PromptFormat(
-        standard="{instruction}\nAnswer:\n",
-        standard_with_input="{instruction}\n{input}\nAnswer:\n",
-        cot="{instruction}\nSteps:\n",
-        cot_with_input="{instruction}\n{input}\nSteps:\n",
+    # A user's message, which the tokenizer's chat template then surrounds.
+    "chat": PromptFormat(
+        standard="{instruction}",
+        standard_with_input="{instruction}\n\n{input}",
+        cot="{instruction}\n\n" + _STEPS,
+        cot_with_input="{instruction}\n\n{input}\n\n" + _STEPS,
+    ),
+    # The row's own words: for base models, small models and small context windows.
+    "raw": PromptFormat(
+        standard="{instruction}\n",
+        standard_with_input="{instruction}\n{input}\n",
+        cot="{instruction}\n" + _STEPS + "\n",
+        cot_with_input="{instruction}\n{input}\n" + _STEPS + "\n",
     ),
 }
 
@@ -166,40 +172,6 @@ def parse_row(line: str, where: str, default_id: str) -> Row:
     )
 
 
-def whole_lines(path: str) -> list[str]:
-    """The JSON lines of a file that a killed run was appending to, without a torn last one; none
-    where there is no file. Raises UserError."""
-    if not Path(path).exists():
-        return []
-    with writing(path):
-        *lines, tail = Path(path).read_bytes().split(b"\n")
-    try:
-        json.loads(tail)
-        lines.append(tail)
-    except ValueError:
-        pass
-    try:
-        return [line.decode("utf-8") for line in lines]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def write_lines(path: str, lines: Iterable[str]) -> None:
-    """Write the file whole or not at all."""
-    partial = Path(path + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
-
-
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Turns what the file system refuses (no space, no permission) into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-
-
 @dataclass(frozen=True)
 class Text:
     """Token ids of one text for one model; the response begins at `prompt_length`."""
@@ -258,6 +230,12 @@ class TextEncoder:
             raise UserError(
                 f"max_prompt_length {max_prompt_length} must be below max_length {max_length}"
             )
+        self.is_chat = prompt_format == "chat"
+        if self.is_chat and not tokenizer.chat_template:
+            raise UserError(
+                f"prompt_format is chat, but the tokenizer of {tokenizer.name_or_path!r} has no "
+                "chat template; base models take paper or raw"
+            )
         self.tokenizer = tokenizer
         self.format = PROMPT_FORMATS[prompt_format]
         self.max_length = max_length
@@ -290,13 +268,7 @@ class TextEncoder:
         self, rows: Sequence[Row], is_cot: bool, budgets: Sequence[int]
     ) -> tuple[list[list[int]], int]:
         """Token ids of every row's prompt, at most its budget; and how many had to be cut."""
-        templates = [self.format.template(row, is_cot) for row in rows]
-        encoded = self._encode(
-            [
-                template.format(instruction=row.instruction, input=row.input)
-                for template, row in zip(templates, rows, strict=True)
-            ]
-        )
+        encoded = self._encode([self.format.text(row, is_cot) for row in rows])
         cut = 0
         for index, (row, ids, budget) in enumerate(zip(rows, encoded, budgets, strict=True)):
             if len(ids) > budget:
@@ -305,6 +277,13 @@ class TextEncoder:
         return encoded, cut
 
     def _encode(self, prompts: list[str]) -> list[list[int]]:
+        if self.is_chat:
+            # A chat template writes the special tokens itself.
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = self.tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True
+            )
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         encoded = self.tokenizer(prompts, add_special_tokens=True)["input_ids"]
         # Some tokenizers close every text; the prompt is not the end of ours.
         eos = self.tokenizer.eos_token_id

@@ -201,8 +201,7 @@ def prepare(config: DemoConfig, folder: Path) -> None:
             for line in lines:
                 row = parse_row(line, "train.jsonl", default_id="")
                 for is_cot in (False, True):
-                    prompt = PROMPT_FORMATS["short"].template(row, is_cot)
-                    texts.append(prompt.format(instruction=row.instruction) + row.response(is_cot))
+                    texts.append(PROMPT_FORMATS["raw"].text(row, is_cot) + row.response(is_cot))
 
     torch.manual_seed(config.seed)
     tokenizer = teacher_tokenizer(texts)
@@ -267,7 +266,7 @@ MODELS = {
 
 def stages(config: DemoConfig, folder: Path) -> list[Stage]:
     """The commands in order, with the settings that a user would write."""
-    texts = {"prompt_format": "short", "max_length": MAX_LENGTH, "device": config.device}
+    texts = {"prompt_format": "raw", "max_length": MAX_LENGTH, "device": config.device}
     training = texts | {
         "train": str(folder / "train.jsonl"),
         "max_prompt_length": MAX_LENGTH - MAX_NEW_TOKENS,
@@ -311,6 +310,7 @@ def stages(config: DemoConfig, folder: Path) -> list[Stage]:
             "model": str(folder / name),
             "data": str(folder / "test.jsonl"),
             "prompts": ["standard", "cot"],
+            "seeds": [],
             "batch_size": 100,
             "max_new_tokens": MAX_NEW_TOKENS,
             "output": str(folder / f"evaluate-{name}"),

@@ -27,12 +27,13 @@ from typing import Any
 from tqdm import tqdm
 
 from cot2align.train.config import JudgeConfig, UserError, to_yaml
-from cot2align.train.data import Row, read_rows, whole_lines, write_lines, writing
-from cot2align.train.evaluate import PREDICTIONS_FILE
+from cot2align.train.data import Row, read_rows
+from cot2align.train.evaluate import CONFIG_FILE, PREDICTIONS_FILE
+from cot2align.train.files import whole_lines, write_whole, writing
 from cot2align.train.server import Server, request_seed
 
 VERDICTS_FILE = "verdicts.jsonl"
-OUR_FILES = ("config.yaml", VERDICTS_FILE, "results.json", "results.md", "results.png")
+OUR_FILES = (CONFIG_FILE, VERDICTS_FILE, "results.json", "results.md", "results.png")
 VERDICT = re.compile(r"Verdict: (A|B|Tied)")
 PROMPT = """\
 You are an impartial judge. Two AI assistants were given the same instruction. Compare their \
@@ -103,14 +104,14 @@ def run(config: JudgeConfig) -> dict[str, Any]:
     missing = [one for one in asked if (one.id, one.order) not in verdicts]
     if missing:
         server.check()
-    file_name = str(Path(config.output) / VERDICTS_FILE)
-    with writing(config.output):
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        write_lines(str(Path(config.output) / "config.yaml"), [to_yaml(config).rstrip("\n")])
-        write_lines(file_name, (line for line, _ in verdicts.values()))
+    folder = Path(config.output)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CONFIG_FILE, to_yaml(config))
+        write_whole(folder / VERDICTS_FILE, "".join(line for line, _ in verdicts.values()))
     with (
-        writing(file_name),
-        Path(file_name).open("a", encoding="utf-8") as file,
+        writing(folder / VERDICTS_FILE),
+        (folder / VERDICTS_FILE).open("a", encoding="utf-8") as file,
         tqdm(
             total=len(asked), initial=len(asked) - len(missing), unit="verdict", desc="judge"
         ) as bar,
@@ -119,17 +120,9 @@ def run(config: JudgeConfig) -> dict[str, Any]:
         def receive(index: int, text: str) -> None:
             one = missing[index]
             verdict = verdict_of(text, one.order)
-            line = json.dumps(
-                {
-                    "id": one.id,
-                    "order": one.order,
-                    "verdict": verdict,
-                    "text": text,
-                    "request": one.digest,
-                },
-                ensure_ascii=False,
-            )
-            file.write(line + "\n")
+            fields = {"id": one.id, "order": one.order, "verdict": verdict, "text": text}
+            line = json.dumps({**fields, "request": one.digest}, ensure_ascii=False) + "\n"
+            file.write(line)
             file.flush()
             verdicts[one.id, one.order] = line, verdict
             bar.update()
@@ -185,7 +178,7 @@ def _matched(
     config: JudgeConfig, rows: list[Row]
 ) -> tuple[int | None, dict[str, str], dict[str, str]]:
     """The decoding seed, and both systems' texts by row id."""
-    a, b = (_predictions(path) for path in (config.a, config.b))
+    a, b = (_predictions(path, config.set) for path in (config.a, config.b))
     seeds = [seed for prompt, seed in a if prompt == config.prompt]
     seed = config.prediction_seed if config.prediction_seed is not None or not seeds else seeds[0]
     outputs = {row.id: list(row.outputs) for row in rows}
@@ -212,8 +205,10 @@ def _matched(
     return seed, chosen[0], chosen[1]
 
 
-def _predictions(path: str) -> dict[tuple[str, int | None], dict[str, dict[str, Any]]]:
-    """{(prompt, seed): {row id: prediction}} of a file, or of the one in a folder."""
+def _predictions(
+    path: str, chosen_set: str | None
+) -> dict[tuple[str, int | None], dict[str, dict[str, Any]]]:
+    """{(prompt, seed): {row id: prediction}} of a set in a file, or in that of a folder."""
     name = str(Path(path) / PREDICTIONS_FILE) if Path(path).is_dir() else path
     try:
         lines = Path(name).read_text(encoding="utf-8").split("\n")
@@ -222,27 +217,34 @@ def _predictions(path: str) -> dict[tuple[str, int | None], dict[str, dict[str, 
             f"predictions {name}: {getattr(error, 'strerror', None) or error}"
         ) from None
     runs: dict[tuple[str, int | None], dict[str, dict[str, Any]]] = {}
+    sets = set()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{name}:{number}"
         try:
             fields = json.loads(line)
+            sets.add(fields["set"])
+            if fields["set"] != (chosen_set or fields["set"]):
+                continue
             run = runs.setdefault((fields["prompt"], fields["seed"]), {})
             row_id, text, references = (fields[key] for key in ("id", "text", "references"))
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
         except (TypeError, LookupError):
             raise UserError(
-                f"{where}: expected a prediction with prompt, seed, id, text and references"
+                f"{where}: expected a prediction with set, prompt, seed, id, text and references"
             ) from None
         if not isinstance(row_id, str) or not isinstance(text, str):
             raise UserError(f"{where}: fields 'id' and 'text': expected text")
         if row_id in run:
             raise UserError(f"{where}: row {row_id!r} comes twice under one prompt and seed")
         run[row_id] = {"text": text, "references": references}
+    names = ", ".join(sorted(map(str, sets)))
     if not runs:
-        raise UserError(f"predictions {name}: no rows")
+        raise UserError(f"predictions {name}: no rows" + (f"; its sets: {names}" if names else ""))
+    if chosen_set is None and len(sets) > 1:
+        raise UserError(f"predictions {name} are of several sets, choose one with 'set': {names}")
     return runs
 
 
@@ -287,7 +289,7 @@ def _open_output(
         raise UserError(f"output folder {config.output} holds files of something else")
     digests = {(one.id, one.order): one.digest for one in asked}
     verdicts: dict[tuple[str, str], tuple[str, str | None]] = {}
-    path = str(folder / VERDICTS_FILE)
+    path = folder / VERDICTS_FILE
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             fields = json.loads(line)
@@ -300,7 +302,7 @@ def _open_output(
                 f"{path}:{number}: no verdict of this run (the judge, its settings, the "
                 "predictions or the rows have changed); choose another output"
             )
-        verdicts[key] = line, verdict
+        verdicts[key] = line + "\n", verdict
     return verdicts
 
 
@@ -330,12 +332,16 @@ def _report(output: str, results: dict[str, Any]) -> None:
             f"{results['unparsable']} answers without a verdict and {results['refused']} refused "
             "requests made their rows ties."
         )
-    print("\n".join([*lines, f"-> {output}"]))
     folder = Path(output)
-    with writing(output):
-        write_lines(str(folder / "results.json"), [json.dumps(results, indent=2)])
-        write_lines(str(folder / "results.md"), lines)
+    with writing(folder):
+        write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(folder / "results.md", "\n".join(lines) + "\n")
         _chart(folder / "results.png", results)
+    print("\n".join(lines[4:]))
+    print(
+        f"{a} against {b}, {results['rows']} rows: {counts['win']} wins, {counts['tie']} ties, "
+        f"{counts['loss']} losses -> {output}"
+    )
 
 
 def _chart(path: Path, results: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ import pytest
 
 from cot2align.train import server as server_module
 from cot2align.train.__main__ import main
-from cot2align.train.augment import repetition
 from cot2align.train.data import PROMPT_FORMATS
 from tests.conftest import cli, options, write_rows
 from tests.train.loopback import Answer, serve
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def prompt_of(row: dict) -> str:
-    return PROMPT_FORMATS["alpaca"].text(read_row(row), is_cot=True)
+    return PROMPT_FORMATS["paper"].text(read_row(row), is_cot=True)
 
 
 def read_row(row: dict):
@@ -221,14 +220,6 @@ def test_answers_may_agree_by_rouge(settings) -> None:
         assert [bool(row["rationale"]) for row in written(settings)] == [True, True]
 
 
-def test_repetition_by_hand() -> None:
-    assert repetition("") == repetition("a b c") == 0
-    assert repetition("a b c d e") == 0
-    # Seven 4-grams, of which abcd, bcda and cdab come twice... five of seven are new.
-    assert repetition("a b c d a B c d e f") == pytest.approx(1 / 7)
-    assert repetition("a " * 13) == pytest.approx(9 / 10)
-
-
 def test_key_is_sent_and_written_nowhere(settings, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("MY_KEY", "s3cret-key")
     with serve(teacher) as loopback:
@@ -281,7 +272,7 @@ def refused(settings, capsys):
         ({"timeout": "soon"}, "'timeout': expected number, got 'soon'"),
         ({"min_rationale_words": 9, "max_rationale_words": 5}, "'max_rationale_words' 5 is below"),
         ({"check_answer": "always"}, "'check_answer': unknown value 'always'"),
-        ({"max_repetition": 2}, "'max_repetition' must be at most 1"),
+        ({"max_repetition": 200}, "'max_repetition' must be at most 100"),
     ],
 )
 def test_broken_settings_are_refused(changed, said, refused, monkeypatch) -> None:

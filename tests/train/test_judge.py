@@ -33,6 +33,7 @@ def predictions(name: str, quality: dict[int, int]) -> list[dict]:
     """As evaluate writes them; a text says how good it is."""
     return [
         {
+            "set": "test",
             "prompt": prompt,
             "seed": seed,
             "id": f"row-{i}",
@@ -107,7 +108,7 @@ def test_a_fair_judge(settings, capsys, monkeypatch) -> None:
     assert "reference 7\n\nor:\n\nanother" in about_row_7
     captured = capsys.readouterr()
     assert "24 rows to compare, fewer than 100" in captured.out
-    assert "| 4 (17 %) | 18 (75 %) | 2 (8 %) | 24 |" in captured.out
+    assert "a against b, 24 rows: 4 wins, 18 ties, 2 losses -> " in captured.out
     folder = Path(settings["output"])
     assert "| 4 (17 %) | 18 (75 %) | 2 (8 %) | 24 |" in (folder / "results.md").read_text()
     pytest.importorskip("matplotlib")
@@ -146,6 +147,9 @@ def test_answers_without_a_verdict_are_ties_and_counted(settings, capsys) -> Non
 
 
 def test_another_prompt_seed_and_number_of_rows(settings) -> None:
+    with open(settings["b"], "a") as file:
+        file.writelines(json.dumps({**p, "set": "dolly"}) + "\n" for p in predictions("c", {}))
+    settings["set"] = "test"
     with serve(fair) as loopback:
         assert judge(loopback, settings, prompt="cot", prediction_seed=20, rows=6) == 0
         assert all("cot/20" in prompt for prompt in loopback.prompts)
@@ -274,11 +278,15 @@ def changed_predictions(change) -> list[dict]:
         (lambda p: p[3].update(id="row-99"), "row 'row-99' is not, or with other references"),
         (lambda p: p.pop(3), "1 are in one of them only, such as 'row-3'"),
         (lambda p: p.insert(3, p[3]), "p.jsonl:5: row 'row-3' comes twice under one prompt and"),
-        (lambda p: p[3].pop("text"), "p.jsonl:4: expected a prediction with prompt, seed, id"),
+        (lambda p: p[3].pop("text"), "p.jsonl:4: expected a prediction with set, prompt"),
         (lambda p: p[3].update(text=7), "p.jsonl:4: fields 'id' and 'text': expected text"),
-        (lambda p: p[3].update(seed=[1]), "p.jsonl:4: expected a prediction with prompt, seed"),
+        (lambda p: p[3].update(seed=[1]), "p.jsonl:4: expected a prediction with set, prompt"),
         (lambda p: p.__delitem__(slice(0, 48)), "no predictions of prompt standard, seed 10; it"),
         (lambda p: p.clear(), "p.jsonl: no rows"),
+        (
+            lambda p: p[3].update(set="dolly"),
+            "are of several sets, choose one with 'set': dolly",
+        ),
     ],
 )
 def test_predictions_that_do_not_match_are_refused(change, said, refused, tmp_path) -> None:
@@ -295,6 +303,7 @@ def test_other_broken_inputs_are_refused(refused, settings, tmp_path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
     assert "predictions" in refused(a=tmp_path / "latin.jsonl")
     assert "it has: standard/10, standard/20, cot/10, cot/20" in refused(prediction_seed=30)
+    assert "no rows; its sets: test" in refused(set="dolly")
     assert "'prompt': unknown value 'std'" in refused(prompt="std")
     assert "'rows' must be at least 1" in refused(rows=0)
     assert "variable NOT_SET_ANYWHERE" in refused(api_key_env="NOT_SET_ANYWHERE")

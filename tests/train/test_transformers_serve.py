@@ -85,7 +85,7 @@ def test_augment(api, served, tmp_path) -> None:
         "data": write_rows(tmp_path / "rows.jsonl", rows),
         "output": output,
         "max_new_tokens": 8,
-        "max_repetition": 1,
+        "max_repetition": 100,
         "retries": 0,
     }
     assert cli("augment", **settings) == 0
@@ -98,7 +98,7 @@ def test_judge(served, workspace, tmp_path, capsys) -> None:
     """A model of random weights says nothing that could be read as a verdict."""
     rows = [json.loads(line) for line in Path(workspace.test).read_text().splitlines()]
     for name in "ab":
-        run = {"prompt": "standard", "seed": None, "text": f"system {name}"}
+        run = {"set": "test", "prompt": "standard", "seed": None, "text": f"system {name}"}
         lines = [{**run, "id": str(i), "references": r["output"]} for i, r in enumerate(rows)]
         write_rows(tmp_path / f"{name}.jsonl", lines)
     settings = {
