@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from cot2align.train.config import AugmentConfig, UserError, without_effect
 from cot2align.train.data import ANSWER_MARKER, PROMPT_FORMATS, Row, parse_row, read_rows
 from cot2align.train.evaluate import ANSWER, answer_of, exact_match, repetition, rouge_l
-from cot2align.train.files import whole_lines, write_whole, writing
+from cot2align.train.files import whole_lines, write_whole
 from cot2align.train.generation import Generator
 from cot2align.train.server import Server, request_seed
 
@@ -56,10 +56,8 @@ def run(config: AugmentConfig) -> dict[str, Any]:
     missing = sum(row.id not in done for row in asked)
     generate = (_by_transformers if config.server is None else _by_server)(config, asked, {*done})
     output = Path(config.output)
-    with writing(output):
-        write_whole(output, "".join(done.values()))  # without a torn last line
+    write_whole(output, "".join(done.values()))  # without a torn last line
     with (
-        writing(output),
         output.open("a", encoding="utf-8") as file,
         tqdm(total=len(asked), initial=len(asked) - missing, unit="row", desc="rationales") as bar,
     ):
@@ -187,10 +185,8 @@ def _open_output(config: AugmentConfig, rows: list[Row]) -> dict[str, str]:
     path = Path(config.output)
     if path.is_dir():
         raise UserError(f"output {config.output} is a folder, expected a file")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        used = path.exists() and path.stat().st_size > 0
-    if used and not config.resume:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size and not config.resume:
         raise UserError(
             f"output file {config.output} exists; choose another, or --resume to continue"
         )

@@ -395,6 +395,7 @@ class RecipeConfig:
     judge: dict[str, Any] | None = field(
         default=None, metadata=about("settings of judge, and `against`: a method; none: off")
     )
+    only: list[str] = field(default_factory=list, metadata=about("methods to run; empty: all"))
     seeds: list[int] = field(
         default_factory=lambda: [10], metadata=about("training seeds, a student each", at_least=0)
     )
@@ -427,6 +428,57 @@ class JudgeConfig(ServerConfig):
     seed: int = setting(10, "seed of the draw and of the judge", at_least=0)
     temperature: float = setting(0.1, "the judge's sampling temperature", at_least=0)
     max_new_tokens: int = setting(1024, "tokens of one verdict at most", at_least=1)
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """Make train, validation and test rows from a published data set, or from your own file."""
+
+    source: str = setting(
+        help="dolly | alpaca | sni | dialogsum | arithmetic, or a file or folder of your own rows"
+    )
+    output: str = setting(help="folder for the rows; new or empty")
+    files: str | None = setting(
+        None, "the data set as its publisher ships it: a file or folder; none: from the hub"
+    )
+    format: str = setting(
+        "auto", "of the files; auto: by suffix", choices=("auto", "jsonl", "json", "csv", "parquet")
+    )
+    instruction_field: str = setting("instruction", "field of your own rows: the task")
+    input_field: str = setting("input", "field of your own rows: its context; may be missing")
+    output_field: str = setting("output", "field of your own rows: the answer, or a list of them")
+    rationale_field: str = setting("rationale", "field of your own rows; may be missing")
+    min_words: int | None = setting(
+        None, "words of an answer at least; none: as the data set's rule", at_least=0
+    )
+    max_words: int | None = setting(None, "words of an answer at most", at_least=1)
+    max_prompt_tokens: int | None = setting(
+        None, "tokens of a prompt at most; none: as the data set's rule", at_least=1
+    )
+    tokenizer: str = setting(
+        "openai-community/gpt2", "counts a prompt's tokens: a folder or a hub name"
+    )
+    duplicates: str = setting(
+        "auto",
+        "equal rows; auto: dropped from your own rows, kept in the data sets",
+        choices=("auto", "keep", "drop"),
+    )
+    rows_per_task: int = setting(100, "rows taken from each task file of sni", at_least=1)
+    references: str = setting(
+        "own",
+        "of a dialogsum test row: its own summary, or all of its dialogue",
+        choices=("own", "all"),
+    )
+    train_rows: int | None = setting(
+        None, "training rows at most; none: the paper's count, or all", at_least=1
+    )
+    validation_rows: int | None = setting(
+        None, "validation rows; none: the paper's count, or a tenth, 500 at most", at_least=0
+    )
+    test_rows: int | None = setting(
+        None, "test rows; none: the paper's count, or a tenth, 500 at most", at_least=0
+    )
+    seed: int = setting(42, "seed of the splits", at_least=0)
 
 
 # What has no effect, and when.
@@ -594,14 +646,14 @@ def _help_text(f: dataclasses.Field) -> str:
 
 
 def _read_with_base(path: str) -> dict[str, Any]:
-    given = _read_yaml(path)
+    given = read_yaml(path)
     base = given.pop("base", None)
     if base is None:
         return given
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base': expected a file, got {base!r}")
     base_path = str(Path(path).parent / base)
-    below = _read_yaml(base_path)
+    below = read_yaml(base_path)
     if "base" in below:
         raise UserError(f"{base_path} has a base of its own; {path} may go one level deep only")
     return merged(below, given)
@@ -616,7 +668,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:

@@ -19,6 +19,7 @@ nothing back from the device.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,10 +117,10 @@ def read_rows(path: str) -> list[Row]:
     of a wrong type or empty, and an `id` that comes twice.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"data file {path}: {reason}") from None
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"data file {path}: {error.strerror}") from None
+    lines = decode_text(content, path).split("\n")
     rows: list[Row] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -135,12 +136,53 @@ def read_rows(path: str) -> list[Row]:
     return rows
 
 
+def decode_text(content: bytes, path: str | Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark, each line's end as "\\n".
+
+    Raises UserError that names the file and the line.
+    """
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"data file {path}: UTF-16, expected UTF-8")
+    for what, place in (
+        ("a NUL byte, so not a text", content.find(0)),
+        ("not UTF-8", _not_utf8(content)),
+    ):
+        if place >= 0:
+            line = content.count(b"\n", 0, place) + 1
+            raise UserError(f"data file {path}: {what} (line {line}, byte {content[place]:#04x})")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _not_utf8(content: bytes) -> int:
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return -1
+
+
+def load_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises UserError that begins with `where`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if "\n" in text else ""
+        reason = f"{error.msg} ({place}column {error.colno})"
+    except RecursionError:
+        reason = "too many brackets inside each other"
+    except ValueError as error:  # an integer of thousands of digits
+        reason = str(error)
+    raise UserError(f"{where}: broken JSON: {reason}")
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a JSON escape such as \\ud800 left half a character, which no file can hold."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
+
+
 def parse_row(line: str, where: str, default_id: str) -> Row:
     """One JSON line as a Row. Raises UserError that begins with `where`."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
+    fields = load_json(line, where)
     if not isinstance(fields, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(fields).__name__}")
     texts = {"input": "", "rationale": "", **{k: v for k, v in fields.items() if v is not None}}
@@ -154,6 +196,8 @@ def parse_row(line: str, where: str, default_id: str) -> Row:
     ]:
         if not isinstance(value, str):
             raise UserError(f"{where}: field {name!r}: expected text, got {type(value).__name__}")
+        if has_surrogate(value):
+            raise UserError(f"{where}: field {name!r} has half of a surrogate pair, no character")
         if not value.strip() and name in ("instruction", "output"):
             what = "empty response" if name == "output" else "empty instruction"
             raise UserError(f"{where}: {what} (field {name!r})")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cot2align.train.config import UserError
@@ -23,8 +21,7 @@ def whole_lines(path: Path) -> list[str]:
     where there is no file. Raises UserError."""
     if not path.exists():
         return []
-    with writing(path):
-        *lines, tail = path.read_bytes().split(b"\n")
+    *lines, tail = path.read_bytes().split(b"\n")
     try:
         json.loads(tail)
         lines.append(tail)
@@ -34,12 +31,3 @@ def whole_lines(path: Path) -> list[str]:
         return [line.decode("utf-8") for line in lines]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses (no space, no permission) into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None

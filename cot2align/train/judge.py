@@ -29,7 +29,7 @@ from tqdm import tqdm
 from cot2align.train.config import JudgeConfig, UserError, to_yaml
 from cot2align.train.data import Row, read_rows
 from cot2align.train.evaluate import CONFIG_FILE, PREDICTIONS_FILE
-from cot2align.train.files import whole_lines, write_whole, writing
+from cot2align.train.files import whole_lines, write_whole
 from cot2align.train.server import Server, request_seed
 
 VERDICTS_FILE = "verdicts.jsonl"
@@ -105,12 +105,10 @@ def run(config: JudgeConfig) -> dict[str, Any]:
     if missing:
         server.check()
     folder = Path(config.output)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / CONFIG_FILE, to_yaml(config))
-        write_whole(folder / VERDICTS_FILE, "".join(line for line, _ in verdicts.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CONFIG_FILE, to_yaml(config))
+    write_whole(folder / VERDICTS_FILE, "".join(line for line, _ in verdicts.values()))
     with (
-        writing(folder / VERDICTS_FILE),
         (folder / VERDICTS_FILE).open("a", encoding="utf-8") as file,
         tqdm(
             total=len(asked), initial=len(asked) - len(missing), unit="verdict", desc="judge"
@@ -333,10 +331,9 @@ def _report(output: str, results: dict[str, Any]) -> None:
             "requests made their rows ties."
         )
     folder = Path(output)
-    with writing(folder):
-        write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
-        write_whole(folder / "results.md", "\n".join(lines) + "\n")
-        _chart(folder / "results.png", results)
+    write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(folder / "results.md", "\n".join(lines) + "\n")
+    _chart(folder / "results.png", results)
     print("\n".join(lines[4:]))
     print(
         f"{a} against {b}, {results['rows']} rows: {counts['win']} wins, {counts['tie']} ties, "

@@ -129,15 +129,16 @@ class _Planner:
             self.add(f"models/{name}", "new-model", made, data_needs)
         names = {"train": "train", "eval": "validation"}
         rows = {setting: data[name] for setting, name in names.items() if name in data}
-        for name, settings in config.teachers.items():
-            self.teacher(name, dict(settings), rows, data_needs)
+        for name in self.used_teachers():
+            self.teacher(name, dict(config.teachers[name]), rows, data_needs)
         rows_needs = data_needs
         if config.rationales is not None:
             rows["train"], rows_needs = self.rationales(data["train"], data_needs)
         for name, (model, needs) in self.teachers.items():
             stage = self.evaluation(f"teachers/{name}", model, data, (*data_needs, *needs))
             self.scores[name] = {None: stage}
-        for name, settings in config.methods.items():
+        for name in config.only or config.methods:
+            settings = config.methods[name]
             self.method(name, dict(settings), data, rows, rows_needs)
         return Plan(self.folder, tuple(self.stages), self.titles, self.scores, self.trainings)
 
@@ -176,6 +177,15 @@ class _Planner:
         if name in self.config.models:
             return self.path("models", name), (f"models/{name}",)
         return name, ()
+
+    def used_teachers(self) -> list[str]:
+        """All of them or, with `only`, the first where it writes rationales and the methods'."""
+        names = list(self.config.teachers)
+        if not self.config.only:
+            return names
+        used = {self.config.methods[name].get("teacher", *names[:1]) for name in self.config.only}
+        writes = names[:1] if self.config.rationales is not None else []
+        return [name for name in names if name in used or name in writes]
 
     def teacher(
         self, name: str, settings: dict[str, Any], rows: dict[str, str], needs: Needs
@@ -299,6 +309,9 @@ def _check_sections(config: RecipeConfig) -> None:
                 raise UserError(
                     f"section '{kind}.{name}': expected `name: value` lines, got {settings!r}"
                 )
+    for name in config.only:
+        if name not in config.methods:
+            raise UserError(f"'only': unknown method {name!r}{nearest(name, config.methods)}")
     for name in config.methods:
         if name in config.teachers:
             raise UserError(f"{name!r} is a teacher and a method; choose two names")
