@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from cot2align.train.__main__ import main
 
 
 @dataclass
@@ -40,6 +44,25 @@ class Loopback:
             body["prompt"] if "prompt" in body else body["messages"][0]["content"]
             for body in self.requests
         ]
+
+
+class Child:
+    """The command line in a process of its own, which imports nothing anew; it is to be killed."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        receiver, self._sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=lambda: main(receiver.recv()), daemon=True)
+        self.process.start()
+
+    def run(self, argv: list[str]) -> None:
+        self._sender.send(argv)
+
+    def kill(self) -> None:
+        """kill -9, and wait for it."""
+        assert self.process.is_alive()
+        self.process.kill()
+        self.process.join()
 
 
 @contextmanager
@@ -102,7 +125,12 @@ def serve(
         def log_message(self, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], ConnectionError):
+                super().handle_error(request, client_address)
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         server.block_on_close = False
         loopback = Loopback(f"http://127.0.0.1:{server.server_address[1]}/v1")

@@ -8,8 +8,6 @@ import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,9 +18,7 @@ from cot2align.train import server as server_module
 from cot2align.train.__main__ import main
 from cot2align.train.data import PROMPT_FORMATS
 from tests.conftest import cli, options, write_rows
-from tests.train.loopback import Answer, serve
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.train.loopback import Answer, Child, serve
 
 
 def prompt_of(row: dict) -> str:
@@ -101,6 +97,7 @@ def test_server_writes_every_row_in_order(api, settings, capsys) -> None:
 
 def test_killed_and_resumed_loses_and_repeats_nothing(settings) -> None:
     """What the file holds when the command is killed is not asked for again."""
+    child = Child()  # before there are threads
     enough = threading.Event()
 
     def answer(prompt: str, _: int) -> Answer:
@@ -110,18 +107,11 @@ def test_killed_and_resumed_loses_and_repeats_nothing(settings) -> None:
         return Answer(teacher(prompt))
 
     with serve(answer) as loopback:
-        words = options(**settings, server=loopback.url)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cot2align.train", "augment", *words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
-        )
+        child.run(["augment", *options(**settings, server=loopback.url)])
         assert enough.wait(60)
         while Path(settings["output"]).read_bytes().count(b"\n") < 16:
             time.sleep(0.01)
-        process.kill()
-        process.wait()
+        child.kill()
     finished = written(settings)
     assert 16 <= len(finished) < 40
     with Path(settings["output"]).open("ab") as file:
@@ -246,7 +236,7 @@ def refused(settings, capsys):
         assert (output.read_bytes() if output.is_file() else None) == before
         lines = capsys.readouterr().err.strip().splitlines()
         assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-        assert not any("Traceback" in line for line in lines)
+        assert not any("Traceback" in line for line in lines), lines
         return lines[-1]
 
     return run

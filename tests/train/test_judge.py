@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,9 +16,8 @@ from cot2align.train import server as server_module
 from cot2align.train.__main__ import main
 from cot2align.train.judge import tally, verdict_of
 from tests.conftest import options, write_rows
-from tests.train.loopback import Answer, serve
+from tests.train.loopback import Answer, Child, serve
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNT = 24
 
 
@@ -168,6 +165,7 @@ def verdict_keys(settings: dict) -> list[tuple[str, str]]:
 
 
 def test_killed_and_resumed_repeats_no_request(settings) -> None:
+    child = Child()  # before there are threads
     enough = threading.Event()
 
     def answer(prompt: str, _: int) -> Answer:
@@ -178,19 +176,11 @@ def test_killed_and_resumed_repeats_no_request(settings) -> None:
 
     verdicts = Path(settings["output"]) / "verdicts.jsonl"
     with serve(answer) as loopback:
-        words = options(**settings, server=loopback.url)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cot2align.train", "judge", *words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        child.run(["judge", *options(**settings, server=loopback.url)])
         assert enough.wait(60)
         while verdicts.read_bytes().count(b"\n") < 16:
             time.sleep(0.01)
-        process.kill()
-        process.wait()
+        child.kill()
     finished = verdict_keys(settings)
     with verdicts.open("ab") as file:
         file.write(b'{"id": "row-')
