@@ -261,6 +261,7 @@ def refused(settings, capsys):
         ({"requests_per_minute": 0}, "'requests_per_minute' must be greater than 0"),
         ({"timeout": "soon"}, "'timeout': expected number, got 'soon'"),
         ({"min_rationale_words": 9, "max_rationale_words": 5}, "'max_rationale_words' 5 is below"),
+        ({"prompt_format": "chat", "server_api": "completions"}, "use 'server_api' chat"),
         ({"check_answer": "always"}, "'check_answer': unknown value 'always'"),
         ({"max_repetition": 200}, "'max_repetition' must be at most 100"),
     ],
