@@ -297,8 +297,8 @@ class AugmentConfig(GenerationConfig, ServerConfig):
         """Raises UserError for settings that contradict each other."""
         if self.server and self.server_api == "completions" and self.prompt_format == "chat":
             raise UserError(
-                "'prompt_format' chat is a user's message, which 'server_api' completions would send "
-                "without the chat template; use 'server_api' chat"
+                "'prompt_format' chat is a user's message, which 'server_api' completions would "
+                "send without the chat template; use 'server_api' chat"
             )
         if self.max_rationale_words and self.max_rationale_words < self.min_rationale_words:
             raise UserError(
