@@ -369,7 +369,10 @@ def _read_hub(name: str, hub: dict[str, str]) -> tuple[dict[str, list[Located]],
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{hub['path']} cannot be had from the hub: {reason}; {instead}") from None
     shipped = {
-        split: [(f"{hub['path']} {split} row {i}", dict(row)) for i, row in enumerate(rows)]
+        split: [
+            (f"{hub['path']} {split} row {i}", row)
+            for i, row in enumerate(tqdm(rows, desc=f"reading {split}", unit="row", delay=1))
+        ]
         for split, rows in loaded.items()
         if split in SPLITS
     }
@@ -401,6 +404,7 @@ def _files(path: Path, format: str) -> list[tuple[Path, str]]:
         file
         for file in path.rglob("*")
         if file.suffix.lower() in suffixes
+        and file.is_file()
         and file.name != REPORT_FILE
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
@@ -596,13 +600,14 @@ def _filter(
             dropped[reason] += 1
     keep = {"auto": config.source in SOURCES, "keep": True, "drop": False}[config.duplicates]
     if not keep:
-        unique = {json.dumps([row[name] for name in PLAIN]): row for row in reversed(kept)}
+        unique: dict[str, Row] = {}
+        for row in kept:
+            unique.setdefault(json.dumps([row[name] for name in PLAIN]), row)
         if len(unique) < len(kept):
             dropped["duplicate"] = len(kept) - len(unique)
-        kept = list(reversed(unique.values()))
-    if encoder is not None:
-        limit = filters.max_prompt_tokens
-        assert limit is not None
+        kept = list(unique.values())
+    limit = filters.max_prompt_tokens
+    if encoder is not None and limit is not None:
         lengths = _prompt_tokens(kept, encoder)
         short = [row for row, length in zip(kept, lengths, strict=True) if length <= limit]
         if len(short) < len(kept):
@@ -644,36 +649,34 @@ def _split(
     config: PrepareConfig, counts: dict[str, int], kept: dict[str, list[Row]]
 ) -> dict[str, list[Row]]:
     """The rows of every split: those shipped, and those cut from the shuffled training rows."""
-    random_ = random.Random(config.seed)
-    train = list(kept.get("train", []))
-    wanted = {split: getattr(config, f"{split}_rows") for split in SPLITS}
-    splits: dict[str, list[Row]] = {}
-    cut = [split for split in ("validation", "test") if split not in kept]
+    generator = random.Random(config.seed)
+    asked = {split: getattr(config, f"{split}_rows") for split in SPLITS}
+    splits = {split: list(kept.get(split, [])) for split in SPLITS}
+    train = splits["train"]
     sizes = {
         split: min(counts.get(split, 500), len(train) // 10)
-        if wanted[split] is None
-        else wanted[split]
-        for split in cut
+        if asked[split] is None
+        else asked[split]
+        for split in ("validation", "test")
+        if split not in kept
     }
     if "train" in kept and sum(sizes.values()) >= len(train):
-        asked = ", ".join(f"{split}_rows {size}" for split, size in sizes.items() if size)
+        words = ", ".join(f"{split}_rows {size}" for split, size in sizes.items() if size)
         raise UserError(
             f"source {config.source!r}: no training row is left"
-            + (f" of {len(train)}; asked for: {asked}" if asked else " by the filters")
+            + (f" of {len(train)}; asked for: {words}" if words else " by the filters")
         )
-    if any(sizes.values()):
-        random_.shuffle(train)
-    for split in reversed(cut):
-        size = min(sizes[split], len(train))
-        splits[split] = train[len(train) - size :]
-        train = train[: len(train) - size]
-    for split in SPLITS:
-        rows = splits.get(split, train if split == "train" else kept.get(split, []))
-        size = wanted[split] if wanted[split] is not None else counts.get(split)
-        if size is not None and len(rows) > size:
-            rows = [rows[i] for i in sorted(random_.sample(range(len(rows)), size))]
-        splits[split] = rows
-    return {split: splits[split] for split in SPLITS}
+    if train and any(sizes.values()):
+        generator.shuffle(train)
+        # The test rows are the last, the validation rows come before them.
+        for split, size in reversed(sizes.items()):
+            splits[split] = train[len(train) - size :]
+            del train[len(train) - size :]
+    for split, rows in splits.items():
+        most = counts.get(split) if asked[split] is None else asked[split]
+        if most is not None and len(rows) > most:
+            splits[split] = [rows[i] for i in sorted(generator.sample(range(len(rows)), most))]
+    return splits
 
 
 def _with_all_references(rows: Sequence[Row]) -> list[Row]:
@@ -750,7 +753,7 @@ def _table(report: dict[str, Any]) -> str:
         paper = f"{report['paper'][split]:>14}" if report["paper"] else ""
         how = ""
         if not rows:
-            how = "  none in the source, no file"
+            how = "  no rows, no file"
         elif split not in report["read"]:
             how = f"  cut from train, seed {report['seed']}"
         lines.append(f"{split:<12}{rows:>8}{paper}{how}")

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -377,14 +378,14 @@ def test_interrupt(place: str, tmp_path, capsys) -> None:
 
     def interrupt() -> None:
         if place == "reading":
-            with pipe.open("wb") as file:
+            with pipe.open("wb", buffering=0) as file:
                 file.write(LINE)
+                time.sleep(0.2)
                 os.kill(os.getpid(), signal.SIGINT)
         else:
-            waiting = threading.Event()
             while not (output / "train.jsonl.partial").exists():
-                waiting.wait(0.01)
-            waiting.wait(0.2)
+                time.sleep(0.01)
+            time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

@@ -71,11 +71,12 @@ def test_every_setting_has_a_help_and_the_resolved_config_reads_back(tmp_path) -
 def test_dolly_keeps_prompts_of_at_most_256_tokens(workspace, tmp_path, capsys) -> None:
     from transformers import AutoTokenizer
 
-    from cot2align.train.data import PROMPT_FORMATS
-
     def prompt(count: int) -> str:
-        template = next(iter(PROMPT_FORMATS.values())).standard_with_input
-        return template.format(instruction="Add.", input=words(count, "7"))
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\nAdd.\n\n### Input:\n{words(count, '7')}\n\n### Response:\n"
+        )
 
     tokenizer = AutoTokenizer.from_pretrained(workspace.student)
     longest = max(n for n in range(300) if len(tokenizer(prompt(n))["input_ids"]) <= 256)
@@ -164,10 +165,12 @@ def test_same_rows_from_every_format(tmp_path) -> None:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
         files.append("d.parquet")
+    (tmp_path / "no_suffix").write_bytes(content)
     written = set()
-    for name in files:
+    for name in [*files, "no_suffix"]:
         output = tmp_path / f"{name}-rows"
-        report = prepare(source="alpaca", files=tmp_path / name, output=output)
+        settings = {} if "." in name else {"format": "jsonl"}
+        report = prepare(source="alpaca", files=tmp_path / name, output=output, **settings)
         assert report["rows"] == {"train": 30, "validation": 3, "test": 3}
         written.add(b"".join((output / f"{s}.jsonl").read_bytes() for s in ("train", "test")))
     assert len(written) == 1
