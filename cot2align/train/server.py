@@ -4,7 +4,7 @@ out as they come.
 A request that meets a timeout, a broken connection, 408, 409, 424, 425, 429, 5xx or a rubbish
 answer is tried again, after `Retry-After` or a doubling wait with jitter. What then still fails is
 left out and counted, and a request that the server refuses (400, 413, 422: mostly a prompt that is
-too long) is counted at once. Ten in a row of either, a refused key (401, 403) or an unknown model
+too long) is counted at once. Ten failures in a row, a refused key (401, 403) or an unknown model
 (404) stop the run.
 
 The key is read from the environment variable that the settings name. It goes into the request's
@@ -131,8 +131,10 @@ class Server:
                 try:
                     text = await self._answer(client, prompt, seed)
                 except _RequestError as error:
-                    kind = failures.refused if error.wait is None else failures.failed
-                    kind[index] = str(error)
+                    if error.wait is None:
+                        failures.refused[index] = str(error)
+                        continue
+                    failures.failed[index] = str(error)
                     in_a_row += 1
                     if in_a_row == FAILURES_IN_A_ROW:
                         raise UserError(

@@ -108,6 +108,15 @@ def test_a_refused_prompt_is_not_repeated(status) -> None:
     assert not asked.failures.failed
 
 
+def test_many_refused_prompts_do_not_stop_the_others() -> None:
+    """A data set may hold its long rows side by side."""
+    refusal = Answer(status=400, raw=b"too long")
+    with serve(lambda prompt, _: prompt if prompt == "prompt 11" else refusal) as loopback:
+        asked = ask(loopback, concurrency=1)
+    assert asked.texts == {11: "prompt 11"}
+    assert list(asked.failures.refused) == list(range(11))
+
+
 def test_ten_failures_in_a_row_stop_the_run() -> None:
     def answer(prompt: str, _: int) -> Answer | str:
         return prompt if int(prompt.split()[1]) < 5 else Answer(status=500, raw=b"dead")
