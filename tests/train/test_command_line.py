@@ -14,7 +14,13 @@ import yaml
 
 from cot2align.train import config as config_module
 from cot2align.train.__main__ import COMMANDS, main
-from cot2align.train.config import AugmentConfig, DistillConfig, EvaluateConfig, SFTConfig
+from cot2align.train.config import (
+    AugmentConfig,
+    DistillConfig,
+    EvaluateConfig,
+    JudgeConfig,
+    SFTConfig,
+)
 from tests.conftest import cli, sample_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,12 +78,14 @@ def test_help_in_under_a_second(command: str) -> None:
     assert cpu_seconds_of_children() - start < 1
 
 
-@pytest.mark.parametrize("cls", [SFTConfig, AugmentConfig, DistillConfig, EvaluateConfig])
+@pytest.mark.parametrize(
+    "cls", [SFTConfig, AugmentConfig, DistillConfig, EvaluateConfig, JudgeConfig]
+)
 def test_help_names_every_setting_and_the_resolved_config_reads_back(cls, capsys, tmp_path):
     with pytest.raises(SystemExit):
         config_module.parse_command_line(cls, "prog", ["--help"])
     text = capsys.readouterr().out
-    required = {"model", "student", "teacher", "train", "data", "output"}
+    required = {"model", "student", "teacher", "train", "data", "output", "server", "a", "b"}
     values = {name: "x" for name in required if name in cls.__dataclass_fields__}
     config = config_module.build(cls, values)
     for field in cls.__dataclass_fields__.values():
@@ -209,6 +217,14 @@ def test_settings_without_effect_are_named() -> None:
     ]
     model = SFTConfig(model="m", train="r", output="o", eval_batch_size=1)
     assert config_module.without_effect(model) == ["eval is none: no effect of eval_batch_size"]
+    augment = {"model": "m", "data": "r", "output": "o", "batch_size": 1, "retries": 1}
+    assert config_module.without_effect(AugmentConfig(**augment, min_answer_rouge=1)) == [
+        "server is none: no effect of retries",
+        "check_answer is not rouge: no effect of min_answer_rouge",
+    ]
+    assert config_module.without_effect(AugmentConfig(**augment, server="http://h")) == [
+        "server is set: no effect of batch_size"
+    ]
 
 
 def test_missing_and_empty_files(distill, tmp_path) -> None:
@@ -347,5 +363,6 @@ def test_recipes_are_configs_of_the_command_that_names_them(path) -> None:
         "augment": AugmentConfig,
         "distill": DistillConfig,
         "evaluate": EvaluateConfig,
+        "judge": JudgeConfig,
     }
     config_module.from_sources(classes[path.stem], str(path), {})
