@@ -562,7 +562,7 @@ class PrepareConfig:
     seed: int = setting(42, "seed of the splits", at_least=0)
 
 
-# What has no effect, and when.
+# What has no effect, and when; of the configs that have the first of the names.
 _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "server is set",
@@ -571,7 +571,7 @@ _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     (
         "server is none",
-        lambda config: getattr(config, "server", "") is None,
+        lambda config: config.server is None,
         tuple(f.name for f in dataclasses.fields(ServerConfig)),
     ),
     (
@@ -621,7 +621,7 @@ def without_effect(config: SFTConfig | DistillConfig | AugmentConfig) -> list[st
     }
     for reason, holds, names in _UNUSED:
         found = [name for name in names if name in changed]
-        if found and holds(config):
+        if names[0] in fields and found and holds(config):
             lines.append(f"{reason}: no effect of {', '.join(found)}")
     return lines
 
