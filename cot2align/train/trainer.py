@@ -418,8 +418,11 @@ class DistillTrainer(Trainer):
         self.progress = Progress()
         self.add_callback(self.progress)
 
-        if self.is_deepspeed_enabled and config.on_nan == "skip":
-            raise UserError("'on_nan: skip' does not go with DeepSpeed, which steps by itself")
+        if self.is_fsdp_enabled:
+            # accelerate's policy would round what `forward` returns; autocast is there without it.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        if self.is_deepspeed_enabled:
+            self._prepare_for_deepspeed()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Student: decayed and undecayed parameters; projections: decayed, with their own rate."""
@@ -476,6 +479,17 @@ class DistillTrainer(Trainer):
                 )
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_for_deepspeed(self) -> None:
+        if self.config.on_nan == "skip":
+            raise UserError("'on_nan: skip' does not go with DeepSpeed, which steps by itself")
+        from deepspeed.zero import register_external_parameter
+
+        # The losses read them outside the modules that own them, where ZeRO-3 would not gather.
+        for model in filter(None, (self.model.student, self.model.teacher)):
+            for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+                for parameter in module.parameters():
+                    register_external_parameter(self.model, parameter)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; a loss that is skipped is left out of its sums."""
