@@ -499,14 +499,22 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; an entry of training gets the parts, meaned over its steps, and the metrics."""
         if "loss" in logs:
-            logs |= self._drain()
+            parts = self._drain()
+            if self.config.on_nan == "skip":
+                # Trainer's mean counts the skipped steps.
+                del logs["loss"]
+                logs |= {"loss": self._objective(parts)} if parts else {}
+            logs |= parts
             logs |= {name: norm.item() for name, norm in self._grad_norms.items()}
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        due = self.control.should_log
         for event in self._events:
             self.log(event)
         self._events.clear()
+        # An event is not the entry that was due.
+        self.control.should_log = due
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _step_is_sound(self, grad_norm: Tensor | float | None) -> bool:
@@ -603,9 +611,7 @@ class DistillTrainer(Trainer):
             name: total / (rows if name.startswith("ot") else tokens)
             for name, total in zip(sums, totals, strict=True)
         }
-        alpha = self.model.alpha
-        distillation = self.model.ot_weight * parts.get("ot", 0.0) + parts.get("kd", 0.0)
-        parts = {"loss": (1 - alpha) * parts["ce"] + alpha * distillation, **parts}
+        parts = {"loss": self._objective(parts), **parts}
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
             label_ids=None,
@@ -632,6 +638,12 @@ class DistillTrainer(Trainer):
         finally:
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _objective(self, parts: dict[str, float]) -> float:
+        """Eq. 16 of its logged terms."""
+        alpha = self.model.alpha
+        distillation = self.model.ot_weight * parts.get("ot", 0.0) + parts.get("kd", 0.0)
+        return (1 - alpha) * parts["ce"] + alpha * distillation
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student and the projections; called on all processes, the main one writes."""
