@@ -45,6 +45,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
@@ -59,6 +60,7 @@ from transformers import (
 from transformers.integrations import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
+    is_deepspeed_zero3_enabled,
 )
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
@@ -433,8 +435,11 @@ class DistillTrainer(Trainer):
         self.progress = Progress()
         self.add_callback(self.progress)
 
-        if self.is_deepspeed_enabled and config.on_nan == "skip":
-            raise UserError("'on_nan: skip' does not go with DeepSpeed, which steps by itself")
+        if self.is_fsdp_enabled:
+            # accelerate's policy would round what `forward` returns; autocast is there without it.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        if self.is_deepspeed_enabled:
+            self._prepare_for_deepspeed()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Student: decayed and undecayed parameters; projections: decayed, with their own rate."""
@@ -492,6 +497,19 @@ class DistillTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _prepare_for_deepspeed(self) -> None:
+        if self.config.on_nan == "skip":
+            raise UserError("'on_nan: skip' does not go with DeepSpeed, which steps by itself")
+        if self.config.generate_rows and is_deepspeed_zero3_enabled():
+            raise UserError("'generate_rows' does not go with ZeRO-3; evaluate the saved model")
+        from deepspeed.zero import register_external_parameter
+
+        # The losses read them outside the modules that own them, where ZeRO-3 would not gather.
+        for model in filter(None, (self.model.student, self.model.teacher)):
+            for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+                for parameter in module.parameters():
+                    register_external_parameter(self.model, parameter)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; a loss that is skipped is left out of its sums."""
         loss = super().training_step(*args, **kwargs)
@@ -500,14 +518,22 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; an entry of training gets the parts, meaned over its steps, and the metrics."""
         if "loss" in logs:
-            logs |= self._drain()
+            parts = self._drain()
+            if self.config.on_nan == "skip":
+                # Trainer's mean counts the skipped steps.
+                del logs["loss"]
+                logs |= {"loss": self._objective(parts)} if parts else {}
+            logs |= parts
             logs |= {name: norm.item() for name, norm in self._grad_norms.items()}
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        due = self.control.should_log
         for event in self._events:
             self.log(event)
         self._events.clear()
+        # An event is not the entry that was due.
+        self.control.should_log = due
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _step_is_sound(self, grad_norm: Tensor | float | None) -> bool:
@@ -604,9 +630,7 @@ class DistillTrainer(Trainer):
             name: total / (rows if name.startswith("ot") else tokens)
             for name, total in zip(sums, totals, strict=True)
         }
-        alpha = self.model.alpha
-        distillation = self.model.ot_weight * parts.get("ot", 0.0) + parts.get("kd", 0.0)
-        parts = {"loss": (1 - alpha) * parts["ce"] + alpha * distillation, **parts}
+        parts = {"loss": self._objective(parts), **parts}
         if self.sample_rows:
             parts |= self._generate_samples()
         if self.config.keep_best != "none":
@@ -632,7 +656,7 @@ class DistillTrainer(Trainer):
             max_new_tokens=config.max_new_tokens,
             batch_size=config.eval_batch_size,
         )
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), whole_root(self.model):
             scores = predict(generator, self.sample_rows, is_cot)
         if self.args.should_save:
             folder = Path(config.output, SAMPLES_FOLDER)
@@ -685,6 +709,12 @@ class DistillTrainer(Trainer):
         finally:
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _objective(self, parts: dict[str, float]) -> float:
+        """Eq. 16 of its logged terms."""
+        alpha = self.model.alpha
+        distillation = self.model.ot_weight * parts.get("ot", 0.0) + parts.get("kd", 0.0)
+        return (1 - alpha) * parts["ce"] + alpha * distillation
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student and the projections; called on all processes, the main one writes."""
@@ -757,6 +787,20 @@ class DistillTrainer(Trainer):
         self._metrics.clear()
         self._steps = 0
         return logs
+
+
+@contextmanager
+def whole_root(distiller: Distiller) -> Iterator[None]:
+    """Head and embeddings whole for a forward pass of the student alone, which FSDP2 doesn't see;
+    on all processes. One forward of the distiller has to come before."""
+    if not isinstance(distiller, FSDPModule):
+        yield
+        return
+    distiller.unshard()
+    try:
+        yield
+    finally:
+        distiller.reshard()
 
 
 def gathered_state(distiller: Distiller) -> dict[str, Tensor] | None:

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import collate, encode_rows, read_rows
+from cot2align.train.evaluate import predict
+from cot2align.train.generation import Generator
 from cot2align.train.models import load_tokenizer
 from cot2align.train.trainer import (
     _encoder,
@@ -28,6 +30,7 @@ from cot2align.train.trainer import (
     gathered_state,
     load_state,
     save_state,
+    whole_root,
 )
 
 
@@ -46,7 +49,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check(student: str, teacher: str, train: str, folder: Path, **settings) -> None:
+def check(
+    student: str, teacher: str, train: str, folder: Path, tolerance: float = 1e-5, **settings
+) -> None:
     """Loss, gradients, one optimizer step, saved and loaded state; raises where they differ."""
     rank = dist.get_rank()
     paths = {"student": student, "teacher": teacher, "train": train, "output": str(folder)}
@@ -76,14 +81,25 @@ def check(student: str, teacher: str, train: str, folder: Path, **settings) -> N
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total)
-    torch.testing.assert_close(total / dist.get_world_size(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(total / dist.get_world_size(), expected, rtol=tolerance, atol=0)
+
+    rows = read_rows(train)[:2]
+    texts = []
+    for one in (alone, sharded):
+        one.eval()
+        limits = {"prompt_format": "paper", "max_length": 256, "max_new_tokens": 8, "batch_size": 2}
+        with whole_root(one):
+            generator = Generator(one.student, tokenizers[0], **limits)
+            texts.append([score["text"] for score in predict(generator, rows, is_cot=False)])
+        one.train()
+    assert texts[0] == texts[1]
 
     trained = {n: p for n, p in alone.named_parameters() if p.requires_grad}
     ours = {n: p for n, p in sharded.named_parameters() if p.requires_grad}
     assert ours.keys() == trained.keys()
     for name, p in trained.items():
         error = (whole(ours[name].grad) - p.grad).norm()
-        assert error <= 1e-5 * p.grad.norm() + 1e-9, (name, error / p.grad.norm())
+        assert error <= tolerance * p.grad.norm() + 1e-9, (name, error / p.grad.norm())
 
     for parameters in (trained, ours):
         torch.optim.SGD(parameters.values(), lr=0.1).step()
@@ -93,7 +109,7 @@ def check(student: str, teacher: str, train: str, folder: Path, **settings) -> N
     assert not any(name.startswith("teacher") for name in state)
     if rank == 0:
         for name, p in trained.items():
-            torch.testing.assert_close(state[name], p, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(state[name], p, rtol=1e-4, atol=0.1 * tolerance)
         save_state(sharded, folder, state)
     dist.barrier()
     with torch.no_grad():
@@ -101,7 +117,8 @@ def check(student: str, teacher: str, train: str, folder: Path, **settings) -> N
             p.zero_()
     load_state(sharded, folder)
     for name, p in trained.items():
-        torch.testing.assert_close(whole(ours[name].detach()), p.detach(), rtol=1e-4, atol=1e-6)
+        ours_whole = whole(ours[name].detach())
+        torch.testing.assert_close(ours_whole, p.detach(), rtol=1e-4, atol=0.1 * tolerance)
 
 
 if __name__ == "__main__":
@@ -110,7 +127,8 @@ if __name__ == "__main__":
     for kind, changed in {
         "ot": {"kd": "uld"},
         "dskd": {"kd": "dskd", "projection": "per-layer", "gradient_checkpointing": True},
-        "lora": {"kd": "uld", "ot": False, "lora_r": 2},
+        # The teacher's states differ in their last bits between batches of another shape.
+        "lora": {"kd": "uld", "lora_r": 2, "teacher_dtype": "bfloat16", "tolerance": 2e-2},
     }.items():
         check(*names, Path(output, kind), **changed)
         print(kind, "passed", flush=True)

@@ -4,6 +4,7 @@ happened."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -161,16 +162,20 @@ def test_a_loss_that_is_not_finite_stops(poisoned, distill_settings, tmp_path, c
 
 
 def test_a_step_that_is_not_finite_is_skipped(poisoned, distill_settings, tmp_path) -> None:
-    settings = {**distill_settings, **poisoned, "on_nan": "skip", "logging_steps": 3}
+    settings = {**distill_settings, **poisoned, "on_nan": "skip", "logging_steps": 1}
     assert cli("distill", output=tmp_path / "out", **settings) == 0
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     (skipped,) = [entry for entry in entries if "skipped/rows" in entry]
     assert skipped["skipped/rows"] == "bad row"
     assert "ot" in skipped["skipped/parts"].split(", ")
-    last = log_of(tmp_path / "out")[-1]
-    assert last["step"] == 3
-    assert all(value == value for value in last.values())
+    # Every step has an entry; that of the skipped one holds no loss.
+    due = [entry for entry in entries if "learning_rate" in entry]
+    assert [entry["step"] for entry in due] == [1, 2, 3]
+    assert [entry["step"] for entry in due if "loss" not in entry] == [skipped["step"]]
+    for entry in log_of(tmp_path / "out"):
+        assert entry["loss"] == pytest.approx((entry["ce"] + entry["ot"]) / 2)
+        assert all(map(math.isfinite, entry.values()))
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(p.isfinite().all() for p in student.parameters())
 
@@ -189,3 +194,4 @@ def test_a_row_that_spikes_is_named(distill_settings, tmp_path) -> None:
     assert spikes
     assert {entry["spike/rows"] for entry in spikes} == {"odd"}
     assert min(entry["spike/ce"] for entry in spikes) > 1
+    assert [entry["step"] for entry in log_of(tmp_path / "out")] == [1, *range(4, 41, 4)]
