@@ -475,26 +475,34 @@ class Solver {
     parity_ ^= 1;
   }
 
-  // S, p and E (-C / epsilon in logarithms) of the member's rows; false where S is not finite
-  // somewhere.
+  // S, p and E (-C / epsilon in logarithms) of the member's rows, and E's column sums; false where S
+  // is not finite somewhere.
   bool prepare(PackBuffer& pack) {
     gemm(end_ - begin_, m_, in_.dim, 1, in_.x + (first_x_ + begin_) * in_.dim, in_.dim, 1,
          in_.z + first_z_ * in_.dim, 1, in_.dim, p_ + begin_ * ld_, ld_, false, pack);
-    float finite = 0;
+    const float lowest = std::numeric_limits<float>::lowest();
+    float finite = 0, *columns = my_columns();
+    std::fill_n(columns, ld_, 0.f);
     for (int64_t i = begin_; i < end_; ++i) {
       float* p = p_ + i * ld_;
       float* e = e_ + i * ld_;
-      std::fill(p + m_, p + ld_, std::numeric_limits<float>::lowest());
-      Vec top = splat(std::numeric_limits<float>::lowest()), check{};
-      for (int64_t j = 0; j < ld_; j += lanes) {
-        top = larger(load(p + j), top);
-        check += load(p + j) * 0.f;
+      std::fill(p + m_, p + ld_, lowest);
+      // The largest entry and where it first is: the stretch of 256, then the place.
+      float largest = lowest;
+      int64_t at = 0;
+      Vec check{};
+      for (int64_t from = 0; from < ld_; from += 256) {
+        Vec top = splat(lowest);
+        for (int64_t j = from; j < std::min(ld_, from + 256); j += lanes) {
+          top = larger(load(p + j), top);
+          check += load(p + j) * 0.f;
+        }
+        for (int l = 0; l < lanes; ++l)
+          if (top[l] > largest) largest = top[l], at = from;
       }
       finite += sum(check);
-      float largest = top[0];
-      for (int l = 1; l < lanes; ++l) largest = std::max(largest, top[l]);
-      const int64_t at = std::find(p, p + m_ - 1, largest) - p;
-      p[at] = std::numeric_limits<float>::lowest();
+      at = std::find(p + at, p + m_ - 1, largest) - p;
+      p[at] = lowest;
       Vec others{};
       for (int64_t j = 0; j < ld_; j += lanes) {
         const Vec exponential = exp((load(p + j) - largest) * set_.scale);
@@ -510,6 +518,7 @@ class Solver {
         store(e + j, logarithmic_ ? exponent : exp(exponent));
       }
       std::fill(e + m_, e + ld_, logarithmic_ ? never : 0.f);
+      for (int64_t j = 0; j < ld_; j += lanes) store(columns + j, load(columns + j) + load(e + j));
     }
     parts_[16 * team_.rank] = finite;
     team_.barrier->wait();
@@ -538,8 +547,7 @@ class Solver {
   void iterate() {
     const float a = 1.f / n_, b = 1.f / m_;
     std::fill(u_at(0) + begin_, u_at(0) + end_, 1.f);
-    sweep(e_, ld_, begin_, end_, v_now_, my_columns(), [](int64_t, float) { return 1.f; });
-    add_columns();
+    add_columns();  // of E, from `prepare`
     for (iterations_ = 1;; ++iterations_) {
       for (int64_t j = 0; j < m_; ++j) v_now_[j] = b / total_[j];
       if (v_ && team_.rank == 0) std::copy_n(v_now_, ld_, v_at(iterations_));
