@@ -46,7 +46,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.threads is not None:
         if options.threads < 1:
             parser.error(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    threads = options.threads or torch.get_num_threads()
+    cases = [case for case in cases if (case.threads or 1) <= measure.cpus()]
     if options.out:  # an unwritable place is found before the measuring
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.touch()
@@ -55,6 +56,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {measure.describe(case)}", flush=True)
         memory = not options.no_memory
+        torch.set_num_threads(case.threads or threads)
         new = measure.measure(case, options.device, options.repeats, memory, options.ways)
         rows += [row | around for row in new]
         print(report.text(new), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cot2align
-from benchmarks.cases import CASES, Case, Tensors
+from benchmarks.cases import CASES, Case, Tensors, Work
 from benchmarks.ways import WAYS, Way
 
 TRAINED = ("student", "projection")
@@ -124,8 +127,6 @@ def measure(
 ) -> list[dict[str, object]]:
     """One row for each of the named ways that can; they take turns. A rival that fails is left out
     with its error."""
-    if case.threads:
-        torch.set_num_threads(case.threads)
     torch.compiler.reset()  # its limit of recompilations is over all cases
     tensors = case.make(device)
     ways = {
@@ -156,7 +157,10 @@ def measure(
                     run()
     peaks = {name: peak_mib(case.name, name, device) if memory else math.nan for name in ways}
     rows = []
-    at_matmul_rate = matmul_ms(case, tensors) if device == "cpu" else math.nan
+    ran = iterations(case, tensors)
+    at_most = Limit(math.nan, math.nan, math.nan, math.nan)
+    if device == "cpu":
+        at_most = limit(case.work(tensors, ran), torch.get_num_threads())
     for name in ways:
         loss_error, gradient_error = checked[name]
         right = max(loss_error, gradient_error) < TOLERANCE[case.dtype]
@@ -171,22 +175,25 @@ def measure(
             row
             | {
                 "peak_mib": f"{peaks[name]:.4g}",
-                "matmul_ms": f"{at_matmul_rate:.4g}",
+                "limit_ms": f"{at_most.ms:.4g}",
+                "limit_products": f"{at_most.products:.2f}",
+                "fma_gflops": f"{at_most.fma_gflops:.4g}",
+                "read_gbs": f"{at_most.read_gbs:.4g}",
                 "loss_error": f"{loss_error:.1e}",
                 "gradient_error": f"{gradient_error:.1e}",
                 "right": right,
-                "iterations": iterations(case, tensors) if name == "product" else case.num_iters,
+                "iterations": f"{ran:.4g}" if name == "product" else case.num_iters,
             }
         )
     return rows
 
 
-def iterations(case: Case, tensors: Tensors) -> str:
-    """The mean number of iterations that the product ran."""
+def iterations(case: Case, tensors: Tensors) -> float:
+    """The mean number of iterations that the product runs."""
     settings = {"epsilon": case.epsilon, "num_iters": case.num_iters, "tol": case.tol}
     if not case.tol:
-        return str(case.num_iters)
-    return f"{cot2align.sinkhorn_plan(**tensors, **settings).num_iters.float().mean():.1f}"
+        return case.num_iters
+    return float(cot2align.sinkhorn_plan(**tensors, **settings).num_iters.float().mean())
 
 
 # ---- memory
@@ -233,18 +240,52 @@ def peak_here(case_name: str, way_name: str, device: str) -> float:
 # ---- the machine
 
 
+class Limit(NamedTuple):
+    """ms: the least that forward + backward can take; products: the part of it that is matrix
+    products; the rates it is made of."""
+
+    ms: float
+    products: float
+    fma_gflops: float
+    read_gbs: float
+
+
+def cpus() -> int:
+    """The CPUs of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
-def matmul_rate(threads: int) -> float:
-    """FLOP/s of PyTorch's float32 matrix products with this many threads: the best of 30."""
-    a, b = torch.randn(2, 1024, 1024)
-    run = timer(lambda: a @ b, "cpu")
-    run()
-    return 2 * 1024**3 / (1e-3 * min(run() for _ in range(30)))
+def probe() -> ctypes.CDLL | None:
+    """probe.cpp, compiled for this machine; None without a compiler."""
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "probe.so")
+        flags = "-O3 -std=c++17 -march=native -ffp-contract=fast -fopenmp -shared -fPIC".split()
+        source = Path(__file__).with_name("probe.cpp")
+        if subprocess.run([compiler, *flags, source, "-o", library]).returncode:
+            return None
+        rates = ctypes.CDLL(str(library))
+    rates.fma_rate.restype = rates.read_rate.restype = ctypes.c_double
+    rates.read_rate.argtypes = [ctypes.c_int64, ctypes.c_int]
+    return rates
 
 
-def matmul_ms(case: Case, tensors: Tensors) -> float:
-    """What the arithmetic of forward + backward would take at the rate of matrix products."""
-    return 1e3 * case.flops(tensors) / matmul_rate(torch.get_num_threads())
+def limit(work: Work, threads: int) -> Limit:
+    """Of the machine, for this work on so many threads: the products at the rate of multiply-adds;
+    the iterations at that rate or at that of reading from where a thread's share of the matrix
+    lies, whichever takes longer."""
+    rates, threads = probe(), min(threads, cpus())
+    if rates is None:
+        return Limit(math.nan, math.nan, math.nan, math.nan)
+    fma = rates.fma_rate(threads)
+    alone = work.matrix < 2**20  # one thread's problem
+    reading = rates.read_rate(int(work.matrix / (1 if alone else threads)), threads)
+    products = work.products / fma
+    whole = products + work.sweeps * max(4 / fma, 4 / reading)
+    return Limit(1e3 * whole, products / whole, fma / 1e9, reading / 1e9)
 
 
 def surroundings(device: str) -> dict[str, str]:

@@ -16,8 +16,9 @@
 // Each iteration, in either direction, reads the matrix once: a row's dot product gives the row's
 // new value, which adds the row to the next column sums at once (`sweep`). Where 1/epsilon is so
 // large that E leaves the range of float, the same iterations run on logarithms
-// (`iterate_logarithms`). A thread holds the matrices of one problem (p, and E, which the
-// gradient overwrites) and the history of its vectors, 2 (N + M) floats an iteration; problems share tokens through `pairs`.
+// (`iterate_logarithms`). A thread holds the matrices of one problem (p, and E, which the gradient
+// overwrites) and the history of its vectors, 2 (N + M) floats an iteration; problems share tokens
+// through `pairs`.
 //
 // Threads: problems that share a text form a group and are solved in order by one thread, so that
 // the sum of their gradients has one order; a group that would keep the others waiting, or whose
