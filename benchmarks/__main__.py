@@ -43,9 +43,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     cases = selected(parser, options.cases or ["gpu" if options.device == "cuda" else "main"])
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     threads = options.threads or torch.get_num_threads()
     cases = [case for case in cases if (case.threads or 1) <= measure.cpus()]
     if options.out:  # an unwritable place is found before the measuring

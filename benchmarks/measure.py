@@ -263,9 +263,9 @@ def probe() -> ctypes.CDLL | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "probe.so")
-        flags = "-O3 -std=c++17 -march=native -ffp-contract=fast -fopenmp -shared -fPIC".split()
+        flags = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fopenmp"]
         source = Path(__file__).with_name("probe.cpp")
-        if subprocess.run([compiler, *flags, source, "-o", library]).returncode:
+        if subprocess.run([compiler, *flags, "-shared", "-fPIC", source, "-o", library]).returncode:
             return None
         rates = ctypes.CDLL(str(library))
     rates.fma_rate.restype = rates.read_rate.restype = ctypes.c_double
@@ -288,7 +288,7 @@ def limit(work: Work, threads: int) -> Limit:
     return Limit(1e3 * whole, products / whole, fma / 1e9, reading / 1e9)
 
 
-def surroundings(device: str) -> dict[str, str]:
+def surroundings(device: str, program: str = "python -m benchmarks") -> dict[str, str]:
     def said(*command: str) -> str:
         if not shutil.which(command[0]):
             return "unknown"
@@ -306,7 +306,7 @@ def surroundings(device: str) -> dict[str, str]:
         "machine": machine,
         "versions": ", ".join(versions),
         "commit": os.environ.get("COT2ALIGN_COMMIT") or said("git", "rev-parse", "--short", "HEAD"),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": " ".join([program, *sys.argv[1:]]),
     }
 
 
