@@ -3,6 +3,7 @@
     python -m benchmarks                                  the cases and the ways
     python -m benchmarks run [CASE|GROUP...] [--out FILE] measure; default: the group `main`
     python -m benchmarks table FILE                       the README's table
+    python -m benchmarks memory [CASE|GROUP...]           the table of peaks, with the formula's
     python -m benchmarks plot FILE... [--out FOLDER]      the figures
     python -m benchmarks check [--device cuda]            every backend against float64
     python -m benchmarks tune                             (GPU) the kernels' table of configurations
@@ -25,6 +26,7 @@ from benchmarks import measure, report
 from benchmarks.cases import CASES, GROUPS, Case
 from benchmarks.ways import WAYS
 
+PEERS = ["product", "naive", "compile", "bmm", "authors", "pot"]
 BACKENDS = {"cpu": ["native"], "cuda": ["triton", "cuda"]}
 
 
@@ -85,6 +87,10 @@ def main() -> int:
     running.add_argument("--out", type=Path, help="a CSV file to write")
     table = commands.add_parser("table", help="a results file as the README's table")
     table.add_argument("file", type=Path, help="a CSV file of `run`")
+    memory = commands.add_parser("memory", help="peaks of forward + backward, as a table")
+    memory.add_argument("cases", nargs="*", metavar="CASE", help="cases or groups of cases")
+    memory.add_argument("--ways", nargs="+", choices=WAYS, default=PEERS, metavar="WAY")
+    memory.add_argument("--threads", type=int, default=torch.get_num_threads())
     plot = commands.add_parser("plot", help="the figures of results files")
     plot.add_argument("files", nargs="+", type=Path, help="CSV files of `run`")
     plot.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a folder")
@@ -96,15 +102,22 @@ def main() -> int:
     peak = commands.add_parser("peak")  # of one way in this process: what `run` calls
     peak.add_argument("case", choices=CASES)
     peak.add_argument("way", choices=WAYS)
+    peak.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     if options.command == "run":
         return run(parser, options)
     if options.command == "table":
         print(report.table(options.file))
+    elif options.command == "memory":
+        for line in report.memory(
+            selected(parser, options.cases or ["main"]), options.ways, options.threads
+        ):
+            print(line, flush=True)
     elif options.command == "plot":
         for path in report.plots(options.files, options.out):
             print(path)
     elif options.command == "peak":
+        torch.set_num_threads(options.threads)
         print(measure.peak_here(options.case, options.way, "cpu"))
     elif options.command == "check":
         return min(1, checking.run(options.device, BACKENDS[options.device], options.small))

@@ -30,6 +30,8 @@ from benchmarks.ways import WAYS, Way
 TRAINED = ("student", "projection")
 # An error of the gradient, relative to its norm, beyond which a way has not computed this loss.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+# Floats of a thread's packed panels and of its part of the gradient's correction.
+PANELS = (512 + 64) * 256 + 128 * 1024
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 
 
@@ -141,7 +143,7 @@ def measure(
         try:
             checked[name] = errors(forward_backward(way, case, tensors), truth)
             timers[name] = [timer(graphed(c) if way.graph else c, device) for c in calls]
-        except RuntimeError as error:
+        except Exception as error:  # of another project's code, whatever it raises
             if name == "product":
                 raise
             tqdm.write(f"{case.name}: {name}: {str(error).splitlines()[0]}")
@@ -204,7 +206,8 @@ def peak_mib(case: str, way: str, device: str) -> float:
     way left behind counts."""
     if device == "cuda":
         return peak_here(case, way, device)
-    command = [sys.executable, "-m", "benchmarks", "peak", case, way]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-m", "benchmarks", "peak", case, way, "--threads", threads]
     # Large blocks go back to the system when they are freed, so that the peak is that of use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -235,6 +238,25 @@ def peak_here(case_name: str, way_name: str, device: str) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     forward_backward(way, case, tensors)
     return resident("VmHWM") - before
+
+
+def predicted_mib(case: Case, tensors: Tensors, threads: int) -> float:
+    """What the product needs on the CPU in forward + backward, as docs/benchmarks.md derives it."""
+    n, m, d, wide = case.n, case.m, case.width, case.teacher_width or case.width
+    masked = tensors["student_mask"] is not None
+    tokens_x, tokens_y = case.problems * n, case.problems * m
+    copy_x = copy_y = padded = 0
+    if masked:
+        masks = [tensors[name] for name in ("student_mask", "teacher_mask")]
+        tokens_x, tokens_y = (int(mask.sum()) for mask in masks if mask is not None)
+        copy_x, copy_y, padded = tokens_x * d, tokens_y * wide, case.problems * n * d
+    projected, parameters = (tokens_y * d, wide * d) if case.teacher_width else (0, 0)
+    gradients = tokens_x * d + projected
+    problem = 2 * n * m + 2 * case.num_iters * (n + m)
+    workers = min(threads if n * m <= 192 * 1024 else 1, case.problems)
+    solving = copy_x + projected + workers * problem + threads * PANELS
+    scaling, returning = gradients, padded + parameters
+    return 4 * (copy_y + gradients + max(solving, scaling, returning)) / 2**20
 
 
 # ---- the machine
@@ -273,6 +295,13 @@ def probe() -> ctypes.CDLL | None:
     return rates
 
 
+@cache
+def fma_rate(threads: int) -> float:
+    """FLOP/s: the best of some tries, so that a disturbed one does not count."""
+    rates = probe()
+    return math.nan if rates is None else max(rates.fma_rate(threads) for _ in range(10))
+
+
 def limit(work: Work, threads: int) -> Limit:
     """Of the machine, for this work on so many threads: the products at the rate of multiply-adds;
     the iterations at that rate or at that of reading from where a thread's share of the matrix
@@ -280,9 +309,10 @@ def limit(work: Work, threads: int) -> Limit:
     rates, threads = probe(), min(threads, cpus())
     if rates is None:
         return Limit(math.nan, math.nan, math.nan, math.nan)
-    fma = rates.fma_rate(threads)
+    fma = fma_rate(threads)
     alone = work.matrix < 2**20  # one thread's problem
-    reading = rates.read_rate(int(work.matrix / (1 if alone else threads)), threads)
+    share = int(work.matrix / (1 if alone else threads))
+    reading = max(rates.read_rate(share, threads) for _ in range(3))
     products = work.products / fma
     whole = products + work.sweeps * max(4 / fma, 4 / reading)
     return Limit(1e3 * whole, products / whole, fma / 1e9, reading / 1e9)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import measure
+from benchmarks.cases import Case
+from benchmarks.ways import WAYS
 
 Row = Mapping[str, Any]
 
@@ -58,6 +66,14 @@ def text(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def title(row: Row) -> str:
+    name = f"{row['problems']} x {row['n']}x{row['m']}"
+    name += ", ragged" if "ragged" in row["shape"] else ""
+    name += ", unprojected" if "no projection" in row["shape"] else ""
+    name += f", K {row['num_iters']}"
+    return name + (f", tol {float(row['tol']):g}" if float(row["tol"]) else "")
+
+
 def table(path: Path) -> str:
     """Markdown: a line for each case of the file."""
     rows = read(path)
@@ -74,16 +90,26 @@ def table(path: Path) -> str:
     for case in dict.fromkeys(row["case"] for row in rows):
         of = [row for row in rows if row["case"] == case]
         product = next(row for row in of if row["way"] == "product")
-        name = f"{product['problems']} x {product['n']}x{product['m']}"
-        name += ", ragged" if "ragged" in product["shape"] else ""
-        name += ", unprojected" if "no projection" in product["shape"] else ""
-        name += f", K {product['num_iters']}"
-        name += f", tol {float(product['tol']):g}" if float(product["tol"]) else ""
-        cells = [name, f"{float(product['both_ms_p50']):.3g} ms"]
+        cells = [title(product), f"{float(product['both_ms_p50']):.3g} ms"]
         cells += [share_of_limit(product), f"{float(product['peak_mib']):.3g} MiB"]
         cells += [faster(of, way) or "-" for way in ways]
         lines.append(f"| {' | '.join([*cells, product['gradient_error']])} |")
     return "\n".join(lines)
+
+
+def memory(cases: list[Case], ways: list[str], threads: int) -> Iterator[str]:
+    """Markdown, line by line: the peak in MiB above the inputs of every way, and the formula's."""
+    torch.set_num_threads(threads)
+    yield f"| problems (N x M) | formula | {' | '.join(ways)} |"
+    yield f"|---|{'---:|' * (len(ways) + 1)}"
+    for case in tqdm(cases, desc="memory", leave=False, disable=None):
+        tensors = case.make()
+        cells = [f"{measure.predicted_mib(case, tensors, threads):.1f}"]
+        del tensors
+        for way in ways:
+            able = not WAYS[way].cannot(case, "cpu")
+            cells.append(f"{measure.peak_mib(case.name, way, 'cpu'):.1f}" if able else "-")
+        yield f"| {title(asdict(case) | {'shape': case.shape()})} | {' | '.join(cells)} |"
 
 
 # What grows, by group of cases: its field and the axis' title.
