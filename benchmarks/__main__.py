@@ -49,6 +49,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     threads = options.threads or torch.get_num_threads()
     cases = [case for case in cases if (case.threads or 1) <= measure.cpus()]
+    if not cases:
+        parser.error(f"these cases need more than the {measure.cpus()} CPUs of this machine")
     if options.out:  # an unwritable place is found before the measuring
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.touch()

@@ -205,8 +205,8 @@ WAYS: dict[str, Way] = {
     ),
     "flash": Way(
         flash_sinkhorn,
-        "flash-sinkhorn's SamplesLoss on squared distances: another cost, so another loss; its time "
-        "at equal sizes only; no masks",
+        "flash-sinkhorn's SamplesLoss on squared distances: another cost, so another loss; only "
+        "its time at equal sizes compares; no masks",
         masks=False,
         devices=("cuda",),
         needs="flash_sinkhorn",
