@@ -3,13 +3,13 @@
     python -m benchmarks.step [--rows N] [--repeats N] [--threads N] [--out FILE]
 
 Two setups, forward and backward without the optimizer: the demo's distillation, and a larger one
-(student of 13 M parameters, teacher of 38 M, texts of some 150 tokens). Each with the compiled loss
-("native"), with plain PyTorch ("reference"), without the loss but with the teacher ("no OT") and
-with the student's cross entropy alone ("student only"); they take turns. The share of the loss is
-what torch.profiler gives to its module's forward pass and to the nodes of the backward pass that
-were made there.
+(student of about 13 M parameters, teacher of 36 M, four of the demo's problems in each text). Each
+with the compiled loss ("native"), with plain PyTorch ("reference"), without the loss but with the
+teacher ("no OT") and with the student's cross entropy alone ("student only"); they take turns. The
+share of the loss is what torch.profiler gives to its module's forward pass and to the nodes of the
+backward pass that were made there.
 
-For the demo, a step the per-sample way too: student and teacher run once for the standard and once
+For the demo there is a step the per-sample way too: student and teacher run once for the standard and once
 for the chain-of-thought texts, make all logits, and go through layers, rows and pairs one by one:
 Sinkhorn's scaling form under autograd, with a test of convergence on the host after every
 iteration. Nothing is timed before the ways' losses and gradients agree.
@@ -79,8 +79,7 @@ def make_step(
     folder: Path, rows: int, larger: bool
 ) -> tuple[DistillConfig, Distiller, list[Example]]:
     """The demo's distillation from untrained models, and one batch."""
-    problems = rows * JOINED if larger else rows
-    demo = DemoConfig(output=str(folder), train_rows=problems, test_rows=1, device="cpu")
+    demo = DemoConfig(output=str(folder), train_rows=rows, test_rows=1, device="cpu")
     prepare(demo, folder)
     (stage,) = (stage for stage in stages(demo, folder) if stage.command == "distill")
     settings = {**stage.settings, "teacher": str(folder / "models" / "teacher")}
@@ -251,7 +250,7 @@ def setup(name: str, rows: int, repeats: int) -> list[dict[str, object]]:
             assert distiller.cross_cot is not None
             share = share_of_loss(steps[way], distiller.cross_cot)
         table.append(
-            {"setup": name, "way": way, "rows": rows, "tokens": tokens}
+            {"setup": name, "way": way, "rows": len(examples), "tokens": tokens}
             | {"threads": torch.get_num_threads()}
             | {f"step_ms_{q}": f"{1e3 * of.quantile(at):.4g}" for q, at in QUANTILES.items()}
             | {"tokens_per_second": f"{tokens / of.median():.0f}"}
@@ -267,7 +266,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rows", type=int, default=16, help="rows of the batch")
+    parser.add_argument("--rows", type=int, default=16, help="the demo's problems in a batch")
     parser.add_argument("--repeats", type=int, default=7, help="steps of each way")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--setups", nargs="+", choices=("demo", "larger"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, measure, report
+from benchmarks import check, measure, report, step
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case
 from benchmarks.ways import WAYS, Way
@@ -93,6 +93,20 @@ def test_limit_of_the_machine():
     assert 0 < one.ms < two.ms
     assert 1 < one.fma_gflops < 1000  # of one thread
     assert one.products > 0.9
+
+
+def test_share_of_the_loss_in_a_step():
+    x = torch.randn(512, 256)
+    before, loss = torch.nn.Linear(256, 256), torch.nn.Linear(256, 256)
+
+    def run(times):
+        y = x
+        for _ in range(times):
+            y = before(y)
+        loss(y).sum().backward()
+
+    often, seldom = (step.share_of_loss(lambda n=n: run(n), loss) for n in (1, 30))
+    assert 0 < seldom < 0.3 < often < 1
 
 
 def test_unknown_names_and_missing_gpus_are_refused():
