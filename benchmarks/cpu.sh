@@ -22,7 +22,13 @@ for step in "${steps[@]}"; do
         --out "$results/$step.csv"
       ;;
     step) "$python" -m benchmarks.step --threads "$threads" --out "$results/step.csv" ;;
-    plot) "$python" -m benchmarks plot "$results"/{size,problems,iterations,threads}.csv --out "$results" ;;
+    plot)
+      files=()
+      for name in size problems iterations threads; do
+        [ ! -f "$results/$name.csv" ] || files+=("$results/$name.csv")
+      done
+      "$python" -m benchmarks plot "${files[@]}" --out "$results"
+      ;;
     *)
       echo "unknown step $step, expected of main size problems iterations threads step plot" >&2
       exit 2

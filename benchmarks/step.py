@@ -9,8 +9,8 @@ teacher ("no OT") and with the student's cross entropy alone ("student only"); t
 share of the loss is what torch.profiler gives to its module's forward pass and to the nodes of the
 backward pass that were made there.
 
-For the demo there is a step the per-sample way too: student and teacher run once for the standard and once
-for the chain-of-thought texts, make all logits, and go through layers, rows and pairs one by one:
+The demo also has the per-sample way: student and teacher run once for the standard and once for the
+chain-of-thought texts, make all logits, and go through layers, rows and pairs one by one:
 Sinkhorn's scaling form under autograd, with a test of convergence on the host after every
 iteration. Nothing is timed before the ways' losses and gradients agree.
 """
