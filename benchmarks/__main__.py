@@ -3,6 +3,7 @@
     python -m benchmarks                                  the cases and the ways
     python -m benchmarks run [CASE|GROUP...] [--out FILE] measure; default: the group `main`
     python -m benchmarks table FILE                       the README's table
+    python -m benchmarks memory [CASE|GROUP...]           the table of peaks, with the formula's
     python -m benchmarks plot FILE... [--out FOLDER]      the figures
     python -m benchmarks check [--device cuda]            every backend against float64
     python -m benchmarks tune                             (GPU) the kernels' table of configurations
@@ -25,6 +26,7 @@ from benchmarks import measure, report
 from benchmarks.cases import CASES, GROUPS, Case
 from benchmarks.ways import WAYS
 
+PEERS = ["product", "naive", "compile", "bmm", "authors", "pot"]
 BACKENDS = {"cpu": ["native"], "cuda": ["triton", "cuda"]}
 
 
@@ -43,10 +45,12 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     cases = selected(parser, options.cases or ["gpu" if options.device == "cuda" else "main"])
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    threads = options.threads or torch.get_num_threads()
+    cases = [case for case in cases if (case.threads or 1) <= measure.cpus()]
+    if not cases:
+        parser.error(f"these cases need more than the {measure.cpus()} CPUs of this machine")
     if options.out:  # an unwritable place is found before the measuring
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.touch()
@@ -55,6 +59,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {measure.describe(case)}", flush=True)
         memory = not options.no_memory
+        torch.set_num_threads(case.threads or threads)
         new = measure.measure(case, options.device, options.repeats, memory, options.ways)
         rows += [row | around for row in new]
         print(report.text(new), flush=True)
@@ -84,6 +89,10 @@ def main() -> int:
     running.add_argument("--out", type=Path, help="a CSV file to write")
     table = commands.add_parser("table", help="a results file as the README's table")
     table.add_argument("file", type=Path, help="a CSV file of `run`")
+    memory = commands.add_parser("memory", help="peaks of forward + backward, as a table")
+    memory.add_argument("cases", nargs="*", metavar="CASE", help="cases or groups of cases")
+    memory.add_argument("--ways", nargs="+", choices=WAYS, default=PEERS, metavar="WAY")
+    memory.add_argument("--threads", type=int, default=torch.get_num_threads())
     plot = commands.add_parser("plot", help="the figures of results files")
     plot.add_argument("files", nargs="+", type=Path, help="CSV files of `run`")
     plot.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a folder")
@@ -95,15 +104,22 @@ def main() -> int:
     peak = commands.add_parser("peak")  # of one way in this process: what `run` calls
     peak.add_argument("case", choices=CASES)
     peak.add_argument("way", choices=WAYS)
+    peak.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     if options.command == "run":
         return run(parser, options)
     if options.command == "table":
         print(report.table(options.file))
+    elif options.command == "memory":
+        for line in report.memory(
+            selected(parser, options.cases or ["main"]), options.ways, options.threads
+        ):
+            print(line, flush=True)
     elif options.command == "plot":
         for path in report.plots(options.files, options.out):
             print(path)
     elif options.command == "peak":
+        torch.set_num_threads(options.threads)
         print(measure.peak_here(options.case, options.way, "cpu"))
     elif options.command == "check":
         return min(1, checking.run(options.device, BACKENDS[options.device], options.small))

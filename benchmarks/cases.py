@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor | None]
+
+
+class Work(NamedTuple):
+    """products: FLOP of the matrix products; sweeps: entries read by the iterations, of 4 FLOP and
+    4 bytes each; matrix: bytes of the matrix that they read, the mean over the entries."""
+
+    products: float
+    sweeps: float
+    matrix: float
 
 
 @dataclass(frozen=True)
@@ -60,43 +70,52 @@ class Case:
         projected = f"D {self.teacher_width}" if self.teacher_width else "no projection"
         return f"{self.problems} x {self.n}x{self.m}{ragged}, d {self.width}, {projected}"
 
-    def flops(self, tensors: Tensors) -> float:
-        """Of forward + backward: the matrix products, and 6 FMA per entry and iteration.
-
-        An iteration reads each entry for a row sum and a column sum, its reverse for two more, and
-        the gradient's correction takes two FMA.
-        """
+    def work(self, tensors: Tensors, iterations: float) -> Work:
+        """Of forward + backward. An iteration reads each entry for a row sum and a column sum, its
+        reverse for two more; the gradient's correction is a product of inner size 2K."""
         rows, cols = torch.full((2, self.problems), 1.0)
         rows, cols = rows * self.n, cols * self.m
         for name, lengths in (("student_mask", rows), ("teacher_mask", cols)):
             mask = tensors[name]
             if mask is not None:
                 lengths.copy_(mask.sum(1))
-        entries = float((rows * cols).sum())
+        entries = rows * cols
+        total = float(entries.sum())
         project = 2 * 2 * self.width * (self.teacher_width or 0) * float(cols.sum())
-        return project + 3 * 2 * self.width * entries + self.num_iters * 6 * 2 * entries
+        correction = 2 * 2 * iterations * total
+        return Work(
+            products=project + 3 * 2 * self.width * total + correction,
+            sweeps=2 * iterations * total,
+            matrix=4 * float(entries.square().sum()) / max(total, 1),
+        )
 
 
 def _scaling() -> list[Case]:
     """One number grows, the others stay."""
-    fast = ("product",)
-    some = ("product", "naive", "bmm")
+    alone, peers = ("product",), ("product", "naive", "bmm", "authors")
     return [
         *(
-            Case(f"size-{n}", "size", 1, n, n, num_iters=20, ways=some if n <= 2048 else fast)
+            Case(f"size-{n}", "size", 1, n, n, num_iters=20, ways=peers if n <= 2048 else alone)
             for n in (64, 128, 256, 512, 1024, 2048, 4096)
         ),
         *(
-            Case(f"problems-{b}", "problems", b, 128, 128, num_iters=50, ways=some)
+            Case(
+                *(f"problems-{b}", "problems", b, 128, 128),
+                num_iters=50,
+                ways=peers if b <= 128 else alone,
+            )
             for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
         ),
         *(
-            Case(f"iterations-{k}", "iterations", 16, 128, 128, num_iters=k, ways=some)
+            Case(f"iterations-{k}", "iterations", 16, 128, 128, num_iters=k, ways=peers)
             for k in (1, 2, 5, 10, 20, 50, 100, 200, 400)
         ),
         *(
             Case(
-                f"threads-{size}-{t}", "threads", b, size, size, num_iters=50, threads=t, ways=fast
+                *(f"threads-{size}-{t}", "threads", b, size, size),
+                num_iters=50,
+                threads=t,
+                ways=("product", "naive"),
             )
             for t in (1, 2, 4, 8, 16)
             for b, size in ((64, 128), (1, 1024))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cot2align
-from benchmarks.cases import CASES, Case, Tensors
+from benchmarks.cases import CASES, Case, Tensors, Work
 from benchmarks.ways import WAYS, Way
 
 TRAINED = ("student", "projection")
 # An error of the gradient, relative to its norm, beyond which a way has not computed this loss.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+# Floats of a thread's packed panels and of its part of the gradient's correction.
+PANELS = (512 + 64) * 256 + 128 * 1024
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 
 
@@ -124,8 +129,6 @@ def measure(
 ) -> list[dict[str, object]]:
     """One row for each of the named ways that can; they take turns. A rival that fails is left out
     with its error."""
-    if case.threads:
-        torch.set_num_threads(case.threads)
     torch.compiler.reset()  # its limit of recompilations is over all cases
     tensors = case.make(device)
     ways = {
@@ -140,7 +143,7 @@ def measure(
         try:
             checked[name] = errors(forward_backward(way, case, tensors), truth)
             timers[name] = [timer(graphed(c) if way.graph else c, device) for c in calls]
-        except RuntimeError as error:
+        except Exception as error:  # of another project's code, whatever it raises
             if name == "product":
                 raise
             tqdm.write(f"{case.name}: {name}: {str(error).splitlines()[0]}")
@@ -156,7 +159,10 @@ def measure(
                     run()
     peaks = {name: peak_mib(case.name, name, device) if memory else math.nan for name in ways}
     rows = []
-    at_matmul_rate = matmul_ms(case, tensors) if device == "cpu" else math.nan
+    ran = iterations(case, tensors)
+    at_most = Limit(math.nan, math.nan, math.nan, math.nan)
+    if device == "cpu":
+        at_most = limit(case.work(tensors, ran), torch.get_num_threads())
     for name in ways:
         loss_error, gradient_error = checked[name]
         right = max(loss_error, gradient_error) < TOLERANCE[case.dtype]
@@ -171,22 +177,25 @@ def measure(
             row
             | {
                 "peak_mib": f"{peaks[name]:.4g}",
-                "matmul_ms": f"{at_matmul_rate:.4g}",
+                "limit_ms": f"{at_most.ms:.4g}",
+                "limit_products": f"{at_most.products:.2f}",
+                "fma_gflops": f"{at_most.fma_gflops:.4g}",
+                "read_gbs": f"{at_most.read_gbs:.4g}",
                 "loss_error": f"{loss_error:.1e}",
                 "gradient_error": f"{gradient_error:.1e}",
                 "right": right,
-                "iterations": iterations(case, tensors) if name == "product" else case.num_iters,
+                "iterations": f"{ran:.4g}" if name == "product" else case.num_iters,
             }
         )
     return rows
 
 
-def iterations(case: Case, tensors: Tensors) -> str:
-    """The mean number of iterations that the product ran."""
+def iterations(case: Case, tensors: Tensors) -> float:
+    """The mean number of iterations that the product runs."""
     settings = {"epsilon": case.epsilon, "num_iters": case.num_iters, "tol": case.tol}
     if not case.tol:
-        return str(case.num_iters)
-    return f"{cot2align.sinkhorn_plan(**tensors, **settings).num_iters.float().mean():.1f}"
+        return case.num_iters
+    return float(cot2align.sinkhorn_plan(**tensors, **settings).num_iters.float().mean())
 
 
 # ---- memory
@@ -197,7 +206,8 @@ def peak_mib(case: str, way: str, device: str) -> float:
     way left behind counts."""
     if device == "cuda":
         return peak_here(case, way, device)
-    command = [sys.executable, "-m", "benchmarks", "peak", case, way]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-m", "benchmarks", "peak", case, way, "--threads", threads]
     # Large blocks go back to the system when they are freed, so that the peak is that of use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -230,24 +240,85 @@ def peak_here(case_name: str, way_name: str, device: str) -> float:
     return resident("VmHWM") - before
 
 
+def predicted_mib(case: Case, tensors: Tensors, threads: int) -> float:
+    """What the product needs on the CPU in forward + backward, as docs/benchmarks.md derives it."""
+    n, m, d, wide = case.n, case.m, case.width, case.teacher_width or case.width
+    masked = tensors["student_mask"] is not None
+    tokens_x, tokens_y = case.problems * n, case.problems * m
+    copy_x = copy_y = padded = 0
+    if masked:
+        masks = [tensors[name] for name in ("student_mask", "teacher_mask")]
+        tokens_x, tokens_y = (int(mask.sum()) for mask in masks if mask is not None)
+        copy_x, copy_y, padded = tokens_x * d, tokens_y * wide, case.problems * n * d
+    projected, parameters = (tokens_y * d, wide * d) if case.teacher_width else (0, 0)
+    gradients = tokens_x * d + projected
+    problem = 2 * n * m + 2 * case.num_iters * (n + m)
+    workers = min(threads if n * m <= 192 * 1024 else 1, case.problems)
+    solving = copy_x + projected + workers * problem + threads * PANELS
+    scaling, returning = gradients, padded + parameters
+    return 4 * (copy_y + gradients + max(solving, scaling, returning)) / 2**20
+
+
 # ---- the machine
 
 
+class Limit(NamedTuple):
+    """ms: the least that forward + backward can take; products: the part of it that is matrix
+    products; the rates it is made of."""
+
+    ms: float
+    products: float
+    fma_gflops: float
+    read_gbs: float
+
+
+def cpus() -> int:
+    """The CPUs of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
-def matmul_rate(threads: int) -> float:
-    """FLOP/s of PyTorch's float32 matrix products with this many threads: the best of 30."""
-    a, b = torch.randn(2, 1024, 1024)
-    run = timer(lambda: a @ b, "cpu")
-    run()
-    return 2 * 1024**3 / (1e-3 * min(run() for _ in range(30)))
+def probe() -> ctypes.CDLL | None:
+    """probe.cpp, compiled for this machine; None without a compiler."""
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "probe.so")
+        flags = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fopenmp"]
+        source = Path(__file__).with_name("probe.cpp")
+        if subprocess.run([compiler, *flags, "-shared", "-fPIC", source, "-o", library]).returncode:
+            return None
+        rates = ctypes.CDLL(str(library))
+    rates.fma_rate.restype = rates.read_rate.restype = ctypes.c_double
+    rates.read_rate.argtypes = [ctypes.c_int64, ctypes.c_int]
+    return rates
 
 
-def matmul_ms(case: Case, tensors: Tensors) -> float:
-    """What the arithmetic of forward + backward would take at the rate of matrix products."""
-    return 1e3 * case.flops(tensors) / matmul_rate(torch.get_num_threads())
+@cache
+def fma_rate(threads: int) -> float:
+    """FLOP/s: the best of some tries, so that a disturbed one does not count."""
+    rates = probe()
+    return math.nan if rates is None else max(rates.fma_rate(threads) for _ in range(10))
 
 
-def surroundings(device: str) -> dict[str, str]:
+def limit(work: Work, threads: int) -> Limit:
+    """Of the machine, for this work on so many threads: the products at the rate of multiply-adds;
+    the iterations at that rate or at that of reading from where a thread's share of the matrix
+    lies, whichever takes longer."""
+    rates, threads = probe(), min(threads, cpus())
+    if rates is None:
+        return Limit(math.nan, math.nan, math.nan, math.nan)
+    fma = fma_rate(threads)
+    alone = work.matrix < 2**20  # one thread's problem
+    share = int(work.matrix / (1 if alone else threads))
+    reading = max(rates.read_rate(share, threads) for _ in range(3))
+    products = work.products / fma
+    whole = products + work.sweeps * max(4 / fma, 4 / reading)
+    return Limit(1e3 * whole, products / whole, fma / 1e9, reading / 1e9)
+
+
+def surroundings(device: str, program: str = "python -m benchmarks") -> dict[str, str]:
     def said(*command: str) -> str:
         if not shutil.which(command[0]):
             return "unknown"
@@ -265,7 +336,7 @@ def surroundings(device: str) -> dict[str, str]:
         "machine": machine,
         "versions": ", ".join(versions),
         "commit": os.environ.get("COT2ALIGN_COMMIT") or said("git", "rev-parse", "--short", "HEAD"),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": " ".join([program, *sys.argv[1:]]),
     }
 
 

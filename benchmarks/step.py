@@ -1,28 +1,42 @@
-"""A training step against the per-sample way: `python -m benchmarks.step [--rows N] [--repeats N]`.
+"""A training step: what the OT loss takes of it, and the per-sample way.
 
-The models, rows and settings are the demo's distillation. The plain way runs student and teacher
-once for the standard and once for the chain-of-thought texts, makes all logits, and goes through
-layers, rows and pairs one by one: Sinkhorn's scaling form under autograd, with a test of
-convergence on the host after every iteration. Before loss and gradients agree nothing is timed; the
-two take turns. A step is forward and backward, without the optimizer.
+    python -m benchmarks.step [--rows N] [--repeats N] [--threads N] [--out FILE]
+
+Two setups, forward and backward without the optimizer: the demo's distillation, and a larger one
+(student of about 13 M parameters, teacher of 36 M, four of the demo's problems in each text). Each
+with the compiled loss ("native"), with plain PyTorch ("reference"), without the loss but with the
+teacher ("no OT") and with the student's cross entropy alone ("student only"); they take turns. The
+share of the loss is what torch.profiler gives to its module's forward pass and to the nodes of the
+backward pass that were made there.
+
+The demo also has the per-sample way: student and teacher run once for the standard and once for the
+chain-of-thought texts, make all logits, and go through layers, rows and pairs one by one:
+Sinkhorn's scaling form under autograd, with a test of convergence on the host after every
+iteration. Nothing is timed before the ways' losses and gradients agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import math
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.measure import QUANTILES, surroundings
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import Example, Text, TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.demo import DemoConfig, prepare, stages
@@ -30,14 +44,46 @@ from cot2align.train.distiller import Distiller
 from cot2align.train.models import load_tokenizer
 from cot2align.train.trainer import build_distiller
 
+JOINED = 4  # problems of the demo in one text of the larger setup
+WAYS = ("native", "reference", "no OT", "student only", "per sample")
 
-def demo_step(folder: Path, rows: int) -> tuple[DistillConfig, Distiller, list[Example]]:
+
+def enlarge(folder: Path) -> dict[str, int]:
+    """Longer texts and larger models in place of the demo's -> the settings that this needs."""
+    data = folder / "train.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    joined = [rows[i : i + JOINED] for i in range(0, len(rows), JOINED)]
+    texts = [{key: " ".join(row[key] for row in some) for key in some[0]} for some in joined]
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    sizes = {
+        "student": {"n_embd": 384, "n_layer": 7, "n_head": 6, "n_positions": 512},
+        "teacher": {
+            "hidden_size": 640,
+            "intermediate_size": 1760,
+            "num_hidden_layers": 7,
+            "num_attention_heads": 10,
+            "num_key_value_heads": 10,
+            "head_dim": 64,
+            "max_position_embeddings": 512,
+        },
+    }
+    for name, size in sizes.items():
+        path = folder / "models" / name
+        config = AutoConfig.from_pretrained(path)
+        config.update(size)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return {"max_length": 512, "max_prompt_length": 256}
+
+
+def make_step(
+    folder: Path, rows: int, larger: bool
+) -> tuple[DistillConfig, Distiller, list[Example]]:
     """The demo's distillation from untrained models, and one batch."""
     demo = DemoConfig(output=str(folder), train_rows=rows, test_rows=1, device="cpu")
     prepare(demo, folder)
     (stage,) = (stage for stage in stages(demo, folder) if stage.command == "distill")
-    teacher = str(folder / "models" / "teacher")
-    config = build(DistillConfig, {**stage.settings, "teacher": teacher})
+    settings = {**stage.settings, "teacher": str(folder / "models" / "teacher")}
+    config = build(DistillConfig, settings | (enlarge(folder) if larger else {}))
     tokenizers = [load_tokenizer(name) for name in (config.student, config.teacher)]
     encoders = [
         TextEncoder(
@@ -109,46 +155,140 @@ def plain_loss(distiller: Distiller, config: DistillConfig, examples: list[Examp
     return (1 - config.alpha) * ce / tokens + config.alpha * distillation
 
 
+def one_step(
+    way: str, distiller: Distiller, config: DistillConfig, examples: list[Example]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> the loss and its gradients for what is trained (None where the way has none)."""
+    teacher, cross_cot = distiller.teacher, distiller.cross_cot
+    try:
+        if way == "per sample":
+            loss = plain_loss(distiller, config, examples)
+        else:
+            if way in WAYS[:2]:
+                cross_cot.settings = replace(cross_cot.settings, backend=way)
+            else:
+                distiller.cross_cot = None
+            if way == "student only":
+                distiller.teacher = None
+            loss = distiller(**collate(examples))["loss"]
+    finally:
+        distiller.teacher, distiller.cross_cot = teacher, cross_cot
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
+
+
+def share_of_loss(run: Callable[[], object], loss: torch.nn.Module, steps: int = 3) -> float:
+    """The part of `run` that is spent in the module and in the backward pass of what it made."""
+    ranges: list[record_function] = []
+
+    def enter(*_: object) -> None:
+        ranges.append(record_function("ot_loss"))
+        ranges[-1].__enter__()
+
+    def leave(*_: object) -> None:
+        ranges[-1].__exit__(None, None, None)
+
+    hooks = [loss.register_forward_pre_hook(enter), loss.register_forward_hook(leave)]
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            with record_function("step"):
+                run()
+    for hook in hooks:
+        hook.remove()
+    events = profiler.events()
+    spans = [event.time_range for event in events if event.name == "ot_loss"]
+    made = {
+        event.sequence_nr
+        for event in events
+        if event.sequence_nr >= 0
+        and any(span.start <= event.time_range.start <= span.end for span in spans)
+    }
+    backward = sum(
+        event.time_range.elapsed_us()
+        for event in events
+        if event.name.startswith("autograd::engine::evaluate_function")
+        and event.sequence_nr in made
+    )
+    whole = sum(event.time_range.elapsed_us() for event in events if event.name == "step")
+    return (sum(span.elapsed_us() for span in spans) + backward) / whole
+
+
+def setup(name: str, rows: int, repeats: int) -> list[dict[str, object]]:
+    """One row for each way; raises ValueError where the ways differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, distiller, examples = make_step(Path(folder), rows, larger=name == "larger")
+    ways = [way for way in WAYS if way != "per sample" or name == "demo"]
+    steps = {way: partial(one_step, way, distiller, config, examples) for way in ways}
+
+    want_loss, gradients = steps["native"]()
+    want = torch.cat([gradient.flatten() for gradient in gradients])
+    for way in ("reference", "per sample"):
+        if way in steps:
+            loss, gradients = steps[way]()
+            gradient = torch.cat([gradient.flatten() for gradient in gradients])
+            errors = [
+                ((got - wanted).norm() / wanted.norm()).item()
+                for got, wanted in ((loss, want_loss), (gradient, want))
+            ]
+            print(f"{way} differs by {errors[0]:.1e} of the loss, {errors[1]:.1e} of the gradient")
+            if max(errors) > 1e-3:
+                raise ValueError(f"{way} does not compute the loss of native")
+
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in tqdm(range(repeats + 1), desc=f"{name}: timing", leave=False, disable=None):
+        for way, measured in times.items():
+            start = time.perf_counter()
+            steps[way]()
+            if turn:  # the first one warms up
+                measured.append(time.perf_counter() - start)
+    tokens = sum(len(text.student.ids) for example in examples for text in example.texts)
+    table: list[dict[str, object]] = []
+    for way, measured in times.items():
+        of = torch.tensor(measured, dtype=torch.float64)
+        share = 0.0
+        if way in WAYS[:2]:
+            assert distiller.cross_cot is not None
+            share = share_of_loss(steps[way], distiller.cross_cot)
+        table.append(
+            {"setup": name, "way": way, "rows": len(examples), "tokens": tokens}
+            | {"threads": torch.get_num_threads()}
+            | {f"step_ms_{q}": f"{1e3 * of.quantile(at):.4g}" for q, at in QUANTILES.items()}
+            | {"tokens_per_second": f"{tokens / of.median():.0f}"}
+            | {"ot_share": "" if way == "per sample" else f"{share:.3f}"}
+        )
+    return table
+
+
 def main() -> int:
-    """Compare, time, print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--rows", type=int, default=16, help="rows of the batch")
-    parser.add_argument("--repeats", type=int, default=15, help="steps of each way")
+    """Compare, time, print, write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, default=16, help="the demo's problems in a batch")
+    parser.add_argument("--repeats", type=int, default=7, help="steps of each way")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--setups", nargs="+", choices=("demo", "larger"))
+    parser.add_argument("--out", type=Path, help="a CSV file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        config, distiller, examples = demo_step(Path(folder), options.rows)
-
-    ways: dict[str, Callable[[], Tensor]] = {
-        "cot2align": lambda: distiller(**collate(examples))["loss"],
-        "per sample": lambda: plain_loss(distiller, config, examples),
-    }
-    trained = [p for p in distiller.parameters() if p.requires_grad]
-
-    def step(way: str) -> tuple[Tensor, Tensor]:
-        loss = ways[way]()
-        gradients = torch.autograd.grad(loss, trained)
-        return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
-
-    (loss, gradient), (plain, plain_gradient) = (step(way) for way in ways)
-    loss_error = ((loss - plain) / plain).abs().item()
-    gradient_error = ((gradient - plain_gradient).norm() / plain_gradient.norm()).item()
-    print(f"the ways differ by {loss_error:.1e} of the loss, {gradient_error:.1e} of the gradient")
-    if max(loss_error, gradient_error) > 1e-3:
-        return 1
-
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(options.repeats):
-        for way, measured in seconds.items():
-            start = time.perf_counter()
-            step(way)
-            measured.append(time.perf_counter() - start)
-    tokens = sum(len(text.student.ids) for example in examples for text in example.texts)
-    medians = {way: statistics.median(measured) for way, measured in seconds.items()}
-    for way, median in medians.items():
-        print(f"{way:>10}: {1e3 * median:7.1f} ms a step, {tokens / median:7.0f} student tokens/s")
-    print(f"{medians['per sample'] / medians['cot2align']:.1f} times the tokens per second")
+    around = surroundings("cpu", "python -m benchmarks.step")
+    table: list[dict[str, object]] = []
+    for name in options.setups or ("demo", "larger"):
+        for row in setup(name, options.rows, options.repeats):
+            share = f", OT {float(str(row['ot_share'])):.1%}" if row["ot_share"] else ""
+            print(
+                f"{name:>7} {row['way']:>12}: {row['step_ms_p50']:>7} ms a step, "
+                f"{row['tokens_per_second']:>6} student tokens/s{share}"
+            )
+            table.append(row | around)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
     return 0
 
 

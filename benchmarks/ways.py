@@ -160,6 +160,23 @@ def geomloss(case: Case, tensors: Tensors) -> Tensor:
     return (solved.plan * cost).sum((1, 2)).mean()
 
 
+def flash_sinkhorn(case: Case, tensors: Tensors) -> Tensor:
+    """FlashSinkhorn on its own cost, the squared distance of the same tokens."""
+    from flash_sinkhorn import SamplesLoss
+
+    x, y = tensors["student"], tensors["teacher"]
+    assert x is not None
+    solve = SamplesLoss(
+        loss="sinkhorn",
+        backend="alternating",
+        use_epsilon_scaling=False,
+        eps=case.epsilon * x.shape[-1],  # its costs are of the order of the width
+        n_iters=case.num_iters,
+        allow_tf32=False,
+    )
+    return solve(x.float(), _projected(y, tensors["projection"])).mean()
+
+
 WAYS: dict[str, Way] = {
     "product": Way(_through(fused_ot_loss), "cot2align.fused_ot_loss, the device's own backend"),
     "triton": Way(
@@ -185,5 +202,13 @@ WAYS: dict[str, Way] = {
         "so it is not this loss's",
         masks=False,
         needs="geomloss",
+    ),
+    "flash": Way(
+        flash_sinkhorn,
+        "flash-sinkhorn's SamplesLoss on squared distances: another cost, so another loss; only "
+        "its time at equal sizes compares; no masks",
+        masks=False,
+        devices=("cuda",),
+        needs="flash_sinkhorn",
     ),
 }

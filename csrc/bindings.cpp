@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "sinkhorn.h"
@@ -41,6 +42,14 @@ cot2align::OTLoss ot_loss_for(const std::string& isa) {
   if (isa == "avx2") return cot2align::avx2::ot_loss;
 #endif
   return cot2align::baseline::ot_loss;
+}
+
+cot2align::MatMul matmul_for(const std::string& isa) {
+#ifdef __x86_64__
+  if (isa == "avx512") return cot2align::avx512::matmul;
+  if (isa == "avx2") return cot2align::avx2::matmul;
+#endif
+  return cot2align::baseline::matmul;
 }
 
 cot2align::Gradient gradient_named(const std::string& name) {
@@ -85,6 +94,16 @@ void ot_loss(uintptr_t x, uintptr_t z, uintptr_t segments_x, uintptr_t segments_
   const cot2align::OTLoss run = ot_loss_for(isa);
   py::gil_scoped_release release;
   run(problems, settings, results);
+}
+
+void matmul(int64_t m, int64_t n, int64_t depth, uintptr_t a, std::pair<int64_t, int64_t> a_strides,
+            uintptr_t b, std::pair<int64_t, int64_t> b_strides, uintptr_t c, int num_threads,
+            const std::string& isa) {
+  const cot2align::Operand left{pointer<const float>(a), a_strides.first, a_strides.second},
+      right{pointer<const float>(b), b_strides.first, b_strides.second};
+  const cot2align::MatMul run = matmul_for(isa);
+  py::gil_scoped_release release;
+  run(m, n, depth, left, right, pointer<float>(c), num_threads);
 }
 
 py::dict build_info() {
@@ -151,6 +170,9 @@ PYBIND11_MODULE(_native, module) {
              "count"_a, "dim"_a, "scale"_a, "epsilon"_a, "tol"_a, "num_iters"_a, "gradient"_a,
              "num_threads"_a, "loss"_a, "iterations"_a, "marginal_error"_a, "dx"_a, "dz"_a,
              "isa"_a = instruction_set(), "the operation of sinkhorn.h on addresses of arrays");
+  module.def("matmul", &matmul, "m"_a, "n"_a, "depth"_a, "a"_a, "a_strides"_a, "b"_a, "b_strides"_a,
+             "c"_a, py::kw_only(), "num_threads"_a, "isa"_a = instruction_set(),
+             "the product of sinkhorn.h on addresses of arrays");
   module.def("instruction_sets", [] {
     // What this CPU can run of what was built, the widest first.
     const std::string widest = instruction_set();

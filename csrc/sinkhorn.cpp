@@ -16,8 +16,9 @@
 // Each iteration, in either direction, reads the matrix once: a row's dot product gives the row's
 // new value, which adds the row to the next column sums at once (`sweep`). Where 1/epsilon is so
 // large that E leaves the range of float, the same iterations run on logarithms
-// (`iterate_logarithms`). A thread holds the matrices of one problem (p, E and the gradient's) and
-// the history of its vectors, 2 (N + M) floats an iteration; problems share tokens through `pairs`.
+// (`iterate_logarithms`). A thread holds the matrices of one problem (p, and E, which the gradient
+// overwrites) and the history of its vectors, 2 (N + M) floats an iteration; problems share tokens
+// through `pairs`.
 //
 // Threads: problems that share a text form a group and are solved in order by one thread, so that
 // the sum of their gradients has one order; a group that would keep the others waiting, or whose
@@ -45,6 +46,9 @@
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace cot2align {
@@ -109,14 +113,50 @@ inline Vec exp(Vec x) {
 
 // ---------------------------------------------------------------------------------------------------------------
 // Matrix product on strided operands: C (m, n) = alpha A B, or += where `add`; A(i, k) = a[i *
-// a_row + k * a_col].
+// a_row + k * a_col]. One stride of each operand is 1. Blocks of both are packed as panels that the
+// innermost loop reads in order: B's in the second-level cache, A's in half of the first.
 
-constexpr int64_t depth_block = 256, col_block = 512;
+constexpr int64_t depth_block = 256, col_block = 512, row_block = 64 / tile_rows * tile_rows;
 
 struct PackBuffer {
-  alignas(64) float a[tile_rows * depth_block];
+  alignas(64) float a[row_block * depth_block];
   alignas(64) float b[col_block * depth_block];
 };
+
+// to[k * width + i] = from(i, k), i < count <= width and k < depth, 0 for the other i.
+template <int width>
+void pack_panel(const float* from, int64_t stride_i, int64_t stride_k, int64_t count, int64_t depth,
+                float* to) {
+  if (count < width) std::fill_n(to, depth * width, 0.f);
+  if (stride_i == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      if (count == width) std::copy_n(from + k * stride_k, width, to + k * width);
+      else std::copy_n(from + k * stride_k, count, to + k * width);
+    }
+    return;
+  }
+  int64_t i = 0;
+#if defined(__x86_64__)
+  const int64_t quads = depth / 4 * 4;
+  for (; i + 4 <= count; i += 4) {
+    const float* at = from + i * stride_i;
+    for (int64_t k = 0; k < quads; k += 4) {
+      __m128 r0 = _mm_loadu_ps(at + k), r1 = _mm_loadu_ps(at + stride_i + k),
+             r2 = _mm_loadu_ps(at + 2 * stride_i + k), r3 = _mm_loadu_ps(at + 3 * stride_i + k);
+      _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+      float* into = to + k * width + i;
+      _mm_storeu_ps(into, r0);
+      _mm_storeu_ps(into + width, r1);
+      _mm_storeu_ps(into + 2 * width, r2);
+      _mm_storeu_ps(into + 3 * width, r3);
+    }
+    for (int64_t k = quads; k < depth; ++k)
+      for (int64_t l = 0; l < 4; ++l) to[k * width + i + l] = at[l * stride_i + k];
+  }
+#endif
+  for (; i < count; ++i)
+    for (int64_t k = 0; k < depth; ++k) to[k * width + i] = from[i * stride_i + k];
+}
 
 void gemm(int64_t m, int64_t n, int64_t depth, float alpha, const float* a, int64_t a_row,
           int64_t a_col, const float* b, int64_t b_row, int64_t b_col, float* c, int64_t c_row,
@@ -128,60 +168,46 @@ void gemm(int64_t m, int64_t n, int64_t depth, float alpha, const float* a, int6
     const int64_t nj = std::min(col_block, n - j0);
     for (int64_t k0 = 0; k0 < depth; k0 += depth_block) {
       const int64_t nk = std::min(depth_block, depth - k0);
-      for (int64_t jt = 0; jt < nj; jt += tile_cols) {
-        const int64_t width = std::min<int64_t>(tile_cols, nj - jt);
-        float* panel = pack.b + jt * nk;
-        const float* from = b + k0 * b_row + (j0 + jt) * b_col;
-        if (width < tile_cols) std::fill_n(panel, nk * tile_cols, 0.f);
-        if (b_col == 1) {
-          for (int64_t k = 0; k < nk; ++k)
-            std::copy_n(from + k * b_row, width, panel + k * tile_cols);
-        } else {
-          for (int64_t j = 0; j < width; ++j)
-            for (int64_t k = 0; k < nk; ++k) panel[k * tile_cols + j] = from[k * b_row + j * b_col];
-        }
-      }
+      for (int64_t jt = 0; jt < nj; jt += tile_cols)
+        pack_panel<tile_cols>(b + k0 * b_row + (j0 + jt) * b_col, b_col, b_row,
+                              std::min<int64_t>(tile_cols, nj - jt), nk, pack.b + jt * nk);
       const bool accumulate = add || k0 > 0;
-      for (int64_t i0 = 0; i0 < m; i0 += tile_rows) {
-        const int64_t height = std::min<int64_t>(tile_rows, m - i0);
-        const float* from = a + i0 * a_row + k0 * a_col;
-        if (height < tile_rows) std::fill_n(pack.a, nk * tile_rows, 0.f);
-        if (a_row == 1) {
-          for (int64_t k = 0; k < nk; ++k)
-            for (int64_t i = 0; i < height; ++i)
-              pack.a[k * tile_rows + i] = alpha * from[k * a_col + i];
-        } else {
-          for (int64_t i = 0; i < height; ++i)
-            for (int64_t k = 0; k < nk; ++k)
-              pack.a[k * tile_rows + i] = alpha * from[i * a_row + k * a_col];
-        }
-        for (int64_t jt = 0; jt < nj; jt += tile_cols) {
-          const int64_t width = std::min<int64_t>(tile_cols, nj - jt);
-          const float* panel = pack.b + jt * nk;
-          Vec tile[tile_rows][2] = {};
-          for (int64_t k = 0; k < nk; ++k) {
-            const Vec b0 = load(panel + k * tile_cols), b1 = load(panel + k * tile_cols + lanes);
+      for (int64_t i0 = 0; i0 < m; i0 += row_block) {
+        const int64_t ni = std::min(row_block, m - i0);
+        for (int64_t it = 0; it < ni; it += tile_rows)
+          pack_panel<tile_rows>(a + (i0 + it) * a_row + k0 * a_col, a_row, a_col,
+                                std::min<int64_t>(tile_rows, ni - it), nk, pack.a + it * nk);
+        for (int64_t it = 0; it < ni; it += tile_rows) {
+          for (int64_t jt = 0; jt < nj; jt += tile_cols) {
+            const int64_t height = std::min<int64_t>(tile_rows, ni - it),
+                          width = std::min<int64_t>(tile_cols, nj - jt);
+            const float *left = pack.a + it * nk, *right = pack.b + jt * nk;
+            Vec tile[tile_rows][2] = {};
+            for (int64_t k = 0; k < nk; ++k) {
+              const Vec b0 = load(right + k * tile_cols), b1 = load(right + k * tile_cols + lanes);
 #pragma GCC unroll 16
-            for (int i = 0; i < tile_rows; ++i) {
-              const float factor = pack.a[k * tile_rows + i];
-              tile[i][0] += factor * b0;
-              tile[i][1] += factor * b1;
-            }
-          }
-          float* to = c + i0 * c_row + j0 + jt;
-          if (width == tile_cols) {
-            for (int64_t i = 0; i < height; ++i) {
-              for (int h = 0; h < 2; ++h) {
-                float* at = to + i * c_row + h * lanes;
-                store(at, accumulate ? load(at) + tile[i][h] : tile[i][h]);
+              for (int i = 0; i < tile_rows; ++i) {
+                const float factor = left[k * tile_rows + i];
+                tile[i][0] += factor * b0;
+                tile[i][1] += factor * b1;
               }
             }
-          } else {
-            for (int64_t i = 0; i < height; ++i)
-              for (int64_t j = 0; j < width; ++j) {
-                const float value = tile[i][j / lanes][j % lanes];
-                to[i * c_row + j] = accumulate ? to[i * c_row + j] + value : value;
+            float* to = c + (i0 + it) * c_row + j0 + jt;
+            if (width == tile_cols) {
+              for (int64_t i = 0; i < height; ++i) {
+                for (int h = 0; h < 2; ++h) {
+                  float* at = to + i * c_row + h * lanes;
+                  const Vec value = alpha * tile[i][h];
+                  store(at, accumulate ? load(at) + value : value);
+                }
               }
+            } else {
+              for (int64_t i = 0; i < height; ++i)
+                for (int64_t j = 0; j < width; ++j) {
+                  const float value = alpha * tile[i][j / lanes][j % lanes];
+                  to[i * c_row + j] = accumulate ? to[i * c_row + j] + value : value;
+                }
+            }
           }
         }
       }
@@ -237,8 +263,14 @@ class Arena {
   static int64_t rounded(int64_t count) { return (count + 15) / 16 * 16; }
   void reserve(int64_t count) {
     if (count <= capacity_) return;
-    block_.reset(static_cast<float*>(std::aligned_alloc(64, count * sizeof(float))));
+    const size_t size = count * sizeof(float), page = 2 << 20;
+    const size_t align = size < 2 * page ? 64 : page;
+    block_.reset(static_cast<float*>(std::aligned_alloc(align, (size + align - 1) / align * align)));
     if (!block_) throw std::bad_alloc();
+#ifdef __linux__
+    // The first touch of a small page costs as much as a few reads of it.
+    if (align == page) madvise(block_.get(), size, MADV_HUGEPAGE);
+#endif
     capacity_ = count;
   }
   struct Cursor {
@@ -307,6 +339,7 @@ void sweep(const float* matrix, int64_t ld, int64_t first, int64_t last, const f
 constexpr float never = -1e30f;  // a logarithm of nothing that stays finite under addition
 // 1/epsilon up to which products of E's, u's and v's entries fit in float.
 constexpr float largest_exponent = 64;
+constexpr int64_t block_entries = 128 << 10;  // 512 KiB
 
 // One problem, as seen by one member of the team that solves it. Of the arrays that `take` cuts
 // from `shared` each member writes its own rows (or rank 0 the columns); those from `own` are its
@@ -321,19 +354,33 @@ class Solver {
     ld_ = Arena::rounded(m_), ldn_ = Arena::rounded(n_);
     std::tie(begin_, end_) = team_.part(n_, tile_rows);
     inverse_epsilon_ = static_cast<float>(1 / set_.epsilon);
-    logarithmic_ = inverse_epsilon_ > largest_exponent;
+    logarithmic_ = logarithmic(set_);
+  }
+
+  static bool logarithmic(const Settings& set) {
+    return static_cast<float>(1 / set.epsilon) > largest_exponent;
+  }
+  // dS lies over E, but for the iterations on logarithms, which need both.
+  static bool apart(const Settings& set) {
+    return set.gradient == Gradient::unrolled && logarithmic(set);
+  }
+  // The rows whose correction is made at once, to be read from the second-level cache.
+  static int64_t block_rows(int64_t ld) {
+    return std::max<int64_t>(tile_rows, block_entries / ld / tile_rows * tile_rows);
   }
 
   static int64_t shared_size(int64_t n, int64_t m, const Settings& set, int members) {
     const int64_t ld = Arena::rounded(m), ldn = Arena::rounded(n), k = set.num_iters;
-    const bool gradient = set.gradient != Gradient::none;
-    int64_t size = (gradient ? 3 : 2) * n * ld + 3 * ldn;  // p, E, dS; argmax, row values
+    const bool history = set.gradient == Gradient::unrolled;
+    int64_t size = (apart(set) ? 3 : 2) * n * ld + 3 * ldn;  // p, E, dS; argmax, row values
     size +=
         2 * members * 2 * ld + 2 * 16 * members;  // column sums, loss and validity of each member
-    const bool history = set.gradient == Gradient::unrolled;
     return size + (history ? (2 * k + 1) * ldn + 2 * k * ld : 2 * ldn + ld) + 16 * 16;
   }
-  static int64_t own_size(int64_t m) { return 16 * Arena::rounded(m); }
+  static int64_t own_size(int64_t n, int64_t m) {
+    const int64_t ld = Arena::rounded(m);
+    return 16 * ld + Arena::rounded(std::min(n * ld, std::max(block_entries, tile_rows * ld)));
+  }
 
   // add_x, add_z: add to the gradient's rows (an earlier problem wrote them) rather than write
   // them.
@@ -353,11 +400,11 @@ class Solver {
     if (gradient) {
       if (set_.gradient == Gradient::unrolled) {
         if (logarithmic_) reverse_logarithms();
-        else reverse(pack);
+        else reverse();
       } else if (set_.gradient == Gradient::implicit) {
         solve_fixed_point();
       }
-      similarity_gradient();
+      similarity_gradient(pack);
     }
     const int64_t dim = in_.dim;
     const float factor = in_.weights[q_] * set_.scale;
@@ -381,33 +428,32 @@ class Solver {
 
  private:
   void take(Arena::Cursor shared, Arena::Cursor own) {
-    const bool gradient = set_.gradient != Gradient::none;
     const int64_t k = set_.num_iters;
-    const int64_t history = set_.gradient == Gradient::unrolled ? k : 1;
+    const bool history = set_.gradient == Gradient::unrolled;
     p_ = shared.take(n_ * ld_);
     e_ = shared.take(n_ * ld_);
-    ds_ = gradient ? shared.take(n_ * ld_) : nullptr;
+    ds_ = apart(set_) ? shared.take(n_ * ld_) : e_;
     argmax_ = reinterpret_cast<int32_t*>(shared.take(ldn_));
     row_ = reinterpret_cast<double*>(shared.take(2 * ldn_));
     columns_ = shared.take(2 * team_.size * 2 * ld_);
     parts_ = shared.take(2 * 16 * team_.size);
-    u_ = shared.take((history + 1) * ldn_);
-    if (set_.gradient == Gradient::unrolled) {
-      v_ = shared.take(k * ld_);
-      x_ = shared.take(k * ldn_);
-      y_ = shared.take(k * ld_);
-    }
+    u_ = shared.take((history ? 2 * k + 1 : 2) * ldn_);
+    if (history) v_ = shared.take(2 * k * ld_);
     float** const mine[] = {&v_now_, &total_, &spread_, &t_, &y_now_};
     for (float** array : mine) {
       *array = own.take(ld_);
       std::fill_n(*array, ld_, 0.f);
     }
     double_ = reinterpret_cast<double*>(own.take(10 * ld_));
+    correction_ = own.take(std::min(n_, block_rows(ld_)) * ld_);
   }
 
-  // The history of u (f in logarithms): every iteration's for the unrolled gradient, else the last
-  // one's.
-  float* u_at(int64_t k) { return u_ + (v_ ? k : k != 0) * ldn_; }
+  // The history, for the unrolled gradient: u_0 x_1 u_1 x_2 .. u_K and y_1 v_1 y_2 v_2 .. (f and g for
+  // u and v in logarithms), so that sum_k u_{k-1} y_k^T + x_k v_k^T is one product. Else the last u.
+  float* u_at(int64_t k) { return u_ + (v_ ? 2 * k : k != 0) * ldn_; }
+  float* x_at(int64_t k) { return u_ + (2 * k - 1) * ldn_; }
+  float* y_at(int64_t k) { return v_ + (2 * k - 2) * ld_; }
+  float* v_at(int64_t k) { return v_ + (2 * k - 1) * ld_; }
 
   // The member's column sums of a sweep; two sets, so that one barrier a sweep is enough.
   float* my_columns(int of = 0) {
@@ -430,26 +476,34 @@ class Solver {
     parity_ ^= 1;
   }
 
-  // S, p and E (-C / epsilon in logarithms) of the member's rows; false where S is not finite
-  // somewhere.
+  // S, p and E (-C / epsilon in logarithms) of the member's rows, and E's column sums; false where S
+  // is not finite somewhere.
   bool prepare(PackBuffer& pack) {
     gemm(end_ - begin_, m_, in_.dim, 1, in_.x + (first_x_ + begin_) * in_.dim, in_.dim, 1,
          in_.z + first_z_ * in_.dim, 1, in_.dim, p_ + begin_ * ld_, ld_, false, pack);
-    float finite = 0;
+    const float lowest = std::numeric_limits<float>::lowest();
+    float finite = 0, *columns = my_columns();
+    std::fill_n(columns, ld_, 0.f);
     for (int64_t i = begin_; i < end_; ++i) {
       float* p = p_ + i * ld_;
       float* e = e_ + i * ld_;
-      std::fill(p + m_, p + ld_, std::numeric_limits<float>::lowest());
-      Vec top = splat(std::numeric_limits<float>::lowest()), check{};
-      for (int64_t j = 0; j < ld_; j += lanes) {
-        top = larger(load(p + j), top);
-        check += load(p + j) * 0.f;
+      std::fill(p + m_, p + ld_, lowest);
+      // The largest entry and where it first is: the stretch of 256, then the place.
+      float largest = lowest;
+      int64_t at = 0;
+      Vec check{};
+      for (int64_t from = 0; from < ld_; from += 256) {
+        Vec top = splat(lowest);
+        for (int64_t j = from; j < std::min(ld_, from + 256); j += lanes) {
+          top = larger(load(p + j), top);
+          check += load(p + j) * 0.f;
+        }
+        for (int l = 0; l < lanes; ++l)
+          if (top[l] > largest) largest = top[l], at = from;
       }
       finite += sum(check);
-      float largest = top[0];
-      for (int l = 1; l < lanes; ++l) largest = std::max(largest, top[l]);
-      const int64_t at = std::find(p, p + m_ - 1, largest) - p;
-      p[at] = std::numeric_limits<float>::lowest();
+      at = std::find(p + at, p + m_ - 1, largest) - p;
+      p[at] = lowest;
       Vec others{};
       for (int64_t j = 0; j < ld_; j += lanes) {
         const Vec exponential = exp((load(p + j) - largest) * set_.scale);
@@ -465,6 +519,7 @@ class Solver {
         store(e + j, logarithmic_ ? exponent : exp(exponent));
       }
       std::fill(e + m_, e + ld_, logarithmic_ ? never : 0.f);
+      for (int64_t j = 0; j < ld_; j += lanes) store(columns + j, load(columns + j) + load(e + j));
     }
     parts_[16 * team_.rank] = finite;
     team_.barrier->wait();
@@ -493,11 +548,10 @@ class Solver {
   void iterate() {
     const float a = 1.f / n_, b = 1.f / m_;
     std::fill(u_at(0) + begin_, u_at(0) + end_, 1.f);
-    sweep(e_, ld_, begin_, end_, v_now_, my_columns(), [](int64_t, float) { return 1.f; });
-    add_columns();
+    add_columns();  // of E, from `prepare`
     for (iterations_ = 1;; ++iterations_) {
       for (int64_t j = 0; j < m_; ++j) v_now_[j] = b / total_[j];
-      if (v_ && team_.rank == 0) std::copy_n(v_now_, ld_, v_ + (iterations_ - 1) * ld_);
+      if (v_ && team_.rank == 0) std::copy_n(v_now_, ld_, v_at(iterations_));
       float* u = u_at(iterations_);
       sweep(e_, ld_, begin_, end_, v_now_, my_columns(),
             [=](int64_t i, float dot) { return u[i] = a / dot; });
@@ -550,30 +604,24 @@ class Solver {
     return static_cast<float>(loss);
   }
 
-  void reverse(PackBuffer& pack) {
+  void reverse() {
     const float rows = n_, columns = m_;
     for (int64_t j = 0; j < m_; ++j)
       total_[j] *= -1 / v_now_[j];  // as a sweep would have left it: -gbar / v
     for (int64_t i = begin_; i < end_; ++i)
-      x_[(iterations_ - 1) * ldn_ + i] = static_cast<float>(row_[i]) * u_at(iterations_)[i];
+      x_at(iterations_)[i] = static_cast<float>(row_[i]) * u_at(iterations_)[i];
     for (int64_t k = iterations_; k >= 1; --k) {
-      const float* v = v_ + (k - 1) * ld_;
+      const float* v = v_at(k);
       for (int64_t j = 0; j < m_; ++j) y_now_[j] = -total_[j] * v[j] * v[j] * columns;
-      if (team_.rank == 0) std::copy_n(y_now_, ld_, y_ + (k - 1) * ld_);
+      if (team_.rank == 0) std::copy_n(y_now_, ld_, y_at(k));
       if (k == 1) break;
       const float* u = u_at(k - 1);
-      float* x = x_ + (k - 2) * ldn_;
+      float* x = x_at(k - 1);
       sweep(e_, ld_, begin_, end_, y_now_, my_columns(),
             [=](int64_t i, float dot) { return x[i] = -u[i] * dot * u[i] * rows; });
       add_columns();
     }
     team_.barrier->wait();
-    float* correction = ds_ + begin_ * ld_;
-    gemm(end_ - begin_, m_, iterations_, 1, x_ + begin_, 1, ldn_, v_, ld_, 1, correction, ld_,
-         false, pack);
-    gemm(end_ - begin_, m_, iterations_, 1, u_at(0) + begin_, 1, ldn_, y_, ld_, 1, correction, ld_,
-         true, pack);
-    for (int64_t i = begin_; i < end_; ++i) std::fill(ds_ + i * ld_ + m_, ds_ + (i + 1) * ld_, 0.f);
   }
 
   // ---- the same on logarithms: f, g in the places of u, v
@@ -633,14 +681,14 @@ class Solver {
         if (converged() || iterations_ == set_.num_iters) return;
       }
       for (int64_t j = 0; j < m_; ++j) v_now_[j] = log_b - total_[j];
-      if (v_ && team_.rank == 0) std::copy_n(v_now_, ld_, v_ + iterations_ * ld_);
+      if (v_ && team_.rank == 0) std::copy_n(v_now_, ld_, v_at(iterations_ + 1));
     }
   }
 
   // Adds row i of the plan after the column half of iteration k. Its columns sum to 1/M only but
   // for the rounding of f and g, which 1/epsilon magnifies: the gradient divides by their own sums.
   void add_masses(float* masses, int64_t i, int64_t k) {
-    const float *e = e_ + i * ld_, *g = v_ + (k - 1) * ld_;
+    const float *e = e_ + i * ld_, *g = v_at(k);
     const float f = u_at(k - 1)[i];
     for (int64_t j = 0; j < ld_; j += lanes)
       store(masses + j, load(masses + j) + exp(load(e + j) + load(g + j) + f));
@@ -664,7 +712,7 @@ class Solver {
     for (int64_t j = 0; j < m_; ++j) total_[j] = -t_[j];  // as a sweep would have left it
     for (int64_t k = iterations_; k >= 1; --k) {
       for (int64_t j = 0; j < m_; ++j) y_now_[j] = -total_[j] / spread_[j];
-      const float *f = u_at(k - 1), *g = v_ + (k - 1) * ld_, *g_before = g - ld_;
+      const float *f = u_at(k - 1), *g = v_at(k), *g_before = v_at(k - 1);
       float* sums = my_columns();
       masses = my_columns(1);
       std::fill_n(sums, ld_, 0.f);
@@ -791,37 +839,50 @@ class Solver {
   }
 
   // dL/dS of the member's rows, into ds_.
-  void similarity_gradient() {
-    for (int64_t i = begin_; i < end_; ++i) {
-      const float *p = p_ + i * ld_, *e = e_ + i * ld_;
-      float* ds = ds_ + i * ld_;
-      if (set_.gradient == Gradient::implicit) {
-        const double* w = double_ + ld_;
-        for (int64_t j = 0; j < m_; ++j)
-          ds[j] = static_cast<float>(e[j] * ((cost_at(p[j]) - w[j] - row_[i]) / set_.epsilon - 1));
-        std::fill(ds + m_, ds + ld_, 0.f);
-      } else {
-        plan_row(i);
-        for (int64_t j = 0; j < ld_; j += lanes) {
-          const Vec t = load(t_ + j);
-          if (set_.gradient == Gradient::detached) {
-            store(ds + j, -t);
-            continue;
-          }
-          const Vec slope =
-              logarithmic_ ? load(ds + j) : load(ds + j) * load(e + j) - t * cost(load(p + j));
-          store(ds + j, -slope * inverse_epsilon_ - t);
-        }
-      }
-      // Relative to the argmax, whose own p is all but 1 where the softmax saturates.
-      const float at_argmax = ds[argmax_[i]];
-      Vec mean{};
-      for (int64_t j = 0; j < ld_; j += lanes)
-        mean += probability(load(p + j)) * (load(ds + j) - at_argmax);
-      const float expected = sum(mean);
-      for (int64_t j = 0; j < ld_; j += lanes)
-        store(ds + j, probability(load(p + j)) * (load(ds + j) - at_argmax - expected));
+  void similarity_gradient(PackBuffer& pack) {
+    const bool product = set_.gradient == Gradient::unrolled && !logarithmic_;
+    const int64_t step = block_rows(ld_);
+    for (int64_t first = begin_; first < end_; first += step) {
+      const int64_t last = std::min(end_, first + step);
+      if (product)
+        gemm(last - first, ld_, 2 * iterations_, 1, u_ + first, 1, ldn_, y_at(1), ld_, 1,
+             correction_, ld_, false, pack);
+      for (int64_t i = first; i < last; ++i)
+        row_gradient(i, product ? correction_ + (i - first) * ld_ : ds_ + i * ld_);
     }
+  }
+
+  // Of the row whose correction sum_k x_k v_k^T + u_{k-1} y_k^T is given; on logarithms, that
+  // which `reverse_logarithms` left.
+  void row_gradient(int64_t i, const float* correction) {
+    const float *p = p_ + i * ld_, *e = e_ + i * ld_;
+    float* ds = ds_ + i * ld_;
+    if (set_.gradient == Gradient::implicit) {
+      const double* w = double_ + ld_;
+      for (int64_t j = 0; j < m_; ++j)
+        ds[j] = static_cast<float>(e[j] * ((cost_at(p[j]) - w[j] - row_[i]) / set_.epsilon - 1));
+      std::fill(ds + m_, ds + ld_, 0.f);
+    } else {
+      plan_row(i);
+      for (int64_t j = 0; j < ld_; j += lanes) {
+        const Vec t = load(t_ + j);
+        if (set_.gradient == Gradient::detached) {
+          store(ds + j, -t);
+          continue;
+        }
+        const Vec c = load(correction + j),
+                  slope = logarithmic_ ? c : c * load(e + j) - t * cost(load(p + j));
+        store(ds + j, -slope * inverse_epsilon_ - t);
+      }
+    }
+    // Relative to the argmax, whose own p is all but 1 where the softmax saturates.
+    const float at_argmax = ds[argmax_[i]];
+    Vec mean{};
+    for (int64_t j = 0; j < ld_; j += lanes)
+      mean += probability(load(p + j)) * (load(ds + j) - at_argmax);
+    const float expected = sum(mean);
+    for (int64_t j = 0; j < ld_; j += lanes)
+      store(ds + j, probability(load(p + j)) * (load(ds + j) - at_argmax - expected));
   }
 
   const Problems& in_;
@@ -833,8 +894,8 @@ class Solver {
   bool logarithmic_;
   int parity_ = 0, iterations_ = 0;
   int32_t* argmax_;
-  float *p_, *e_, *ds_, *columns_, *parts_, *u_, *v_ = nullptr, *x_ = nullptr, *y_ = nullptr;
-  float *v_now_, *total_, *spread_, *t_, *y_now_;
+  float *p_, *e_, *ds_, *columns_, *parts_, *u_, *v_ = nullptr;
+  float *v_now_, *total_, *spread_, *t_, *y_now_, *correction_;
   double *row_, *double_;
 };
 
@@ -900,7 +961,7 @@ constexpr int64_t shared_entries =
 void ot_loss(const Problems& in, const Settings& set, const Results& out) {
   const bool gradient = set.gradient != Gradient::none;
   std::vector<char> add_x(in.count), add_z(in.count), seen_x(in.count_x), seen_z(in.count_z);
-  int64_t written_x = 0, written_z = 0, longest_z = 0;
+  int64_t written_x = 0, written_z = 0, longest_x = 0, longest_z = 0;
   for (int64_t q = 0; q < in.count; ++q) {
     const int64_t s = in.pairs[2 * q], t = in.pairs[2 * q + 1];
     const int64_t n = in.segments_x[2 * s + 1], m = in.segments_z[2 * t + 1];
@@ -911,6 +972,7 @@ void ot_loss(const Problems& in, const Settings& set, const Results& out) {
     add_z[q] = std::exchange(seen_z[t], 1);
     written_x += add_x[q] ? 0 : n;
     written_z += add_z[q] ? 0 : m;
+    longest_x = std::max(longest_x, n);
     longest_z = std::max(longest_z, m);
   }
   if (out.dx && written_x < in.tokens_x) std::fill_n(out.dx, in.tokens_x * in.dim, 0.f);
@@ -949,8 +1011,8 @@ void ot_loss(const Problems& in, const Settings& set, const Results& out) {
   std::vector<std::unique_ptr<PackBuffer>> packs(threads);
   for (int t = 0; t < threads; ++t) {
     arenas[t].reserve(Arena::rounded(widest(alone, 1)));
-    own[t].reserve(Solver::own_size(longest_z));
-    packs[t] = std::make_unique<PackBuffer>();
+    own[t].reserve(Solver::own_size(longest_x, longest_z));
+    packs[t].reset(new PackBuffer);  // not cleared, as make_unique would
   }
 
   Barrier everyone(threads), nobody(1);
@@ -976,6 +1038,34 @@ void ot_loss(const Problems& in, const Settings& set, const Results& out) {
     everyone.resize(omp_get_num_threads());
     work(omp_get_thread_num(), omp_get_num_threads());
   }
+#else
+  work(0, 1);
+#endif
+}
+
+void matmul(int64_t m, int64_t n, int64_t depth, Operand a, Operand b, float* c, int num_threads) {
+  // Each thread makes whole rows, or whole columns where there are more of them: no sum is split.
+  const bool by_rows = m >= n;
+  const int64_t whole = by_rows ? m : n, grain = by_rows ? tile_rows : tile_cols;
+  int threads = 1;
+#ifdef _OPENMP
+  if (m * n * depth > 1 << 18)
+    threads = std::max<int>(1, std::min<int64_t>(num_threads, (whole + grain - 1) / grain));
+#endif
+  std::vector<std::unique_ptr<PackBuffer>> packs(threads);
+  for (auto& pack : packs) pack.reset(new PackBuffer);
+  const auto work = [&](int rank, int members) {
+    const auto [first, last] = Team{rank, members, nullptr}.part(whole, grain);
+    if (by_rows)
+      gemm(last - first, n, depth, 1, a.data + first * a.row, a.row, a.col, b.data, b.row, b.col,
+           c + first * n, n, false, *packs[rank]);
+    else
+      gemm(m, last - first, depth, 1, a.data, a.row, a.col, b.data + first * b.col, b.row, b.col,
+           c + first, n, false, *packs[rank]);
+  };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  work(omp_get_thread_num(), omp_get_num_threads());
 #else
   work(0, 1);
 #endif

@@ -1,5 +1,5 @@
-// The OT loss of packed problems and its gradient: X, Z -> loss, dX, dZ. See sinkhorn.cpp for the
-// formulas.
+// The OT loss of packed problems and its gradient: X, Z -> loss, dX, dZ, and the matrix product for
+// the projection. See sinkhorn.cpp for the formulas.
 #pragma once
 
 #include <cstdint>
@@ -36,17 +36,28 @@ struct Results {
   float* dz;  // (tokens_z, dim), likewise
 };
 
+struct Operand {
+  const float* data;  // entry (i, k) at data[i * row + k * col], one of the two being 1
+  int64_t row, col;
+};
+
+// C (m, n) = A (m, depth) B (depth, n), C's rows one after the other.
+using MatMul = void (*)(int64_t m, int64_t n, int64_t depth, Operand a, Operand b, float* c,
+                        int num_threads);
 using OTLoss = void (*)(const Problems&, const Settings&, const Results&);
 
 // One definition per instruction set: sinkhorn.cpp is compiled once for each.
 namespace baseline {
 void ot_loss(const Problems&, const Settings&, const Results&);
+void matmul(int64_t, int64_t, int64_t, Operand, Operand, float*, int);
 }
 namespace avx2 {
 void ot_loss(const Problems&, const Settings&, const Results&);
+void matmul(int64_t, int64_t, int64_t, Operand, Operand, float*, int);
 }
 namespace avx512 {
 void ot_loss(const Problems&, const Settings&, const Results&);
+void matmul(int64_t, int64_t, int64_t, Operand, Operand, float*, int);
 }
 
 }  // namespace cot2align

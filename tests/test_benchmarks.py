@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, measure, report
+from benchmarks import check, measure, report, step
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case
 from benchmarks.ways import WAYS, Way
@@ -66,12 +66,47 @@ def test_float64_truth_is_the_mean_over_problems():
     assert max(measure.errors(got, (loss, dx, dp))) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["8x256x256", "4x512x512-unprojected", "ragged"])
+def test_peak_memory_stays_with_the_formula(case):
+    of, threads = CASES[case], torch.get_num_threads()
+    formula = measure.predicted_mib(of, of.make(), threads)
+    # Two MiB for what the first call did not load yet: the resident set counts libraries too.
+    assert measure.peak_mib(case, "product", "cpu") < 1.05 * formula + 2
+
+
 def test_peak_memory_is_that_of_the_way():
     # The naive tape holds an N x M matrix or two for each of the iterations; the product does not.
     case = "8x256x256"
     matrices = 8 * 256 * 256 * 4 / 2**20
     assert measure.peak_mib(case, "naive", "cpu") > CASES[case].num_iters * matrices
-    assert measure.peak_mib(case, "product", "cpu") < 25 * matrices
+
+
+def test_limit_of_the_machine():
+    tensors = SMALL.make()
+    work = SMALL.work(tensors, 5)
+    entries = 3 * 9 * 12
+    assert work.sweeps == 2 * 5 * entries
+    assert work.matrix == 4 * 9 * 12
+    projected = 2 * 2 * 8 * 6 * 3 * 12
+    assert work.products == projected + (6 * 8 + 4 * 5) * entries
+    one, two = (measure.limit(work._replace(products=x), 1) for x in (1e9, 2e9))
+    assert 0 < one.ms < two.ms
+    assert 1 < one.fma_gflops < 1000  # of one thread
+    assert one.products > 0.9
+
+
+def test_share_of_the_loss_in_a_step():
+    x = torch.randn(512, 256)
+    before, loss = torch.nn.Linear(256, 256), torch.nn.Linear(256, 256)
+
+    def run(times):
+        y = x
+        for _ in range(times):
+            y = before(y)
+        loss(y).sum().backward()
+
+    often, seldom = (step.share_of_loss(lambda n=n: run(n), loss) for n in (1, 30))
+    assert 0 < seldom < 0.3 < often < 1
 
 
 def test_unknown_names_and_missing_gpus_are_refused():
@@ -95,6 +130,7 @@ def test_readme_shows_what_was_measured():
 
 def test_results_have_one_schema():
     files = sorted((ROOT / "benchmarks/results").glob("*.csv"))
+    files = [path for path in files if path.name != "step.csv"]  # of training steps
     heads = {path.name: next(csv.reader(path.open(newline=""))) for path in files}
     assert len({tuple(head) for head in heads.values()}) == 1, heads
 

@@ -46,6 +46,37 @@ def _cpus() -> int:
     return os.cpu_count() or 1
 
 
+def _threads() -> int:
+    return min(torch.get_num_threads(), _cpus())
+
+
+def matmul(a: Tensor, b: Tensor, isa: str | None = None) -> Tensor:
+    """a @ b for float32 matrices on the CPU; a transposed one is not copied.
+
+    Raises ValueError for tensors that the kernel cannot take and RuntimeError where it was not
+    built.
+    """
+    if _native is None:
+        raise RuntimeError(missing())
+    for name, tensor in (("a", a), ("b", b)):
+        if tensor.dtype != torch.float32 or not tensor.is_cpu or tensor.dim() != 2:
+            raise ValueError(
+                f"{name} must be a float32 matrix on the CPU, got a {tensor.dtype} tensor of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} have no product")
+    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+    c = a.new_empty(a.shape[0], b.shape[1])
+    _native.matmul(
+        *(a.shape[0], b.shape[1], a.shape[1]),
+        *(a.data_ptr(), a.stride(), b.data_ptr(), b.stride(), c.data_ptr()),
+        num_threads=_threads(),
+        isa=isa or INSTRUCTION_SETS[0],
+    )
+    return c
+
+
 def ot_loss(
     x: Tensor,  # [tokens_x, dim] float32
     z: Tensor,  # [tokens_z, dim] float32
@@ -122,7 +153,7 @@ def ot_loss(
             tol=tol,
             num_iters=num_iters,
             gradient=gradient if need_x or need_z else "none",
-            num_threads=min(torch.get_num_threads(), _cpus()),
+            num_threads=_threads(),
             loss=loss.data_ptr(),
             iterations=iterations.data_ptr(),
             marginal_error=marginal_error.data_ptr(),

@@ -767,6 +767,8 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     mm_takes_dtype = "dtype" in torch.ops.aten.mm.overloads()  # PyTorch 2.8
     if a.is_cuda and a.dtype != torch.float32 and mm_takes_dtype and a.numel() > 0:
         return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
+    if a.is_cpu and native.missing() is None:
+        return native.matmul(a.float(), b.float()).to(dtype)
     with _full_precision(), torch.autocast(a.device.type, enabled=False):
         return (a.float() @ b.float()).to(dtype)
 

@@ -117,6 +117,26 @@ def test_every_instruction_set(isa, epsilon, gradient):
     check((loss[0].double(), (dx.double(), dz.double())), reached, 5e-4 if epsilon < 0.01 else 3e-5)
 
 
+@pytest.mark.parametrize("isa", native.INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    ("m", "n", "depth"), [(1, 1, 1), (7, 33, 5), (70, 40, 300), (41, 530, 259), (65, 8, 0)]
+)
+def test_product_of_the_native_backend(isa, m, n, depth):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(m, depth, generator=generator), torch.randn(depth, n, generator=generator)
+    want = a.double() @ b.double()
+    for left in (a, a.T.contiguous().T, a.repeat(1, 2)[:, :depth]):
+        for right in (b, b.T.contiguous().T):
+            got = native.matmul(left, right, isa)
+            assert (got - want).norm() <= 1e-6 * want.norm()
+    strided = a.repeat_interleave(2, 1)[:, ::2]
+    assert torch.equal(native.matmul(strided, b, isa), native.matmul(a, b, isa))
+    with pytest.raises(ValueError, match="have no product"):
+        native.matmul(a, torch.ones(depth + 1, 2))
+    with pytest.raises(ValueError, match=r"a must be a float32 matrix.*float64"):
+        native.matmul(a.double(), b)
+
+
 @pytest.mark.parametrize("spread", [20.0, 40.0, 60.0])
 @pytest.mark.parametrize("backend", [None, TRITON])
 def test_saturated_softmax(backend, spread):
@@ -516,8 +536,8 @@ def test_the_choice_for_a_gpu_compiles_without_graph_breaks(dynamic):
 
 
 def test_memory_stays_with_a_few_matrices_a_thread():
-    # 40 problems of 256 x 256: the tape of 100 iterations holds 2 GiB, three matrices per thread
-    # and the vectors' history 3 MiB.
+    # 40 problems of 256 x 256: the tape of 100 iterations holds 2 GiB, two matrices per thread
+    # and the vectors' history 2.5 MiB.
     code = """
 import resource, torch
 from cot2align import fused_ot_loss
