@@ -474,7 +474,8 @@ def test_operators_pass_opcheck(backend):
     x, y, p = (t.float().to(device_of(backend)) for t in direct.problem(9, 12, 8, 8))
     segments = torch.tensor([[0, 4], [4, 5]]), torch.tensor([[0, 12], [3, 0]])
     pairs = torch.tensor([[0, 0], [1, 0], [1, 1]])
-    problem = (x, y, *(t.to(x.device) for t in (*segments, pairs)))
+    index = torch.arange(8, -1, -1)  # of the tokens x: the last one first
+    problem = (x, y, *(t.to(x.device) for t in (index, torch.arange(12), *segments, pairs)))
     how = (0.3, 0.1, 5, 0.0, backend, 5, 12, 108, False)
     torch.library.opcheck(ot_loss._matmul, (y.half(), p.half(), torch.float32))
     torch.library.opcheck(ot_loss._ot_loss, (*problem, *how))
