@@ -430,7 +430,7 @@ def _check_pairs(
 class _Texts(NamedTuple):
     tokens: Tensor  # [tokens, width]
     segments: Tensor  # int64 [texts, 2]: first token, number of tokens
-    index: Tensor | None = None  # int64 [tokens], a permutation: where the texts' tokens stand
+    places: Tensor | None = None  # int64 [tokens], a permutation: where the texts' tokens stand
     mask: Tensor | None = None  # bool [tokens]: those of a text, where others stand among them
 
 
@@ -438,7 +438,7 @@ def _pack(tokens: Tensor, mask: Tensor | None, leave_out: bool) -> _Texts:
     """[B, N, width] -> texts.
 
     leave_out: without the masked tokens. Else, where shapes must not depend on values (a GPU,
-    torch.compile), all tokens stay where they are: in the index each text's own come first, and the
+    torch.compile), all tokens stay where they are: of the places a text's own come first, and the
     segments step over the others.
     """
     batch, length, width = tokens.shape
@@ -451,8 +451,8 @@ def _pack(tokens: Tensor, mask: Tensor | None, leave_out: bool) -> _Texts:
         packed = flat.index_select(0, mask.flatten().nonzero()[:, 0])
         return _Texts(packed, torch.stack((lengths.cumsum(0) - lengths, lengths), dim=1))
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    index = (first[:, None] + order).flatten()
-    return _Texts(flat, torch.stack((first, lengths), dim=1), index, mask.flatten())
+    places = (first[:, None] + order).flatten()
+    return _Texts(flat, torch.stack((first, lengths), dim=1), places, mask.flatten())
 
 
 def _reduction_weights(lengths_x: Tensor, lengths_y: Tensor, reduction: str) -> Tensor:
@@ -579,7 +579,7 @@ def _solve(
         x = _Project.apply(x, projection.T, student.mask)
     enabled = torch.is_grad_enabled()
     arguments = (
-        *(x.contiguous(), z.contiguous(), student.index, teacher.index),
+        *(x.contiguous(), z.contiguous(), student.places, teacher.places),
         *(student.segments, teacher.segments, pairs, weights),
         *(1 / math.sqrt(narrow), settings.epsilon, settings.num_iters, settings.tol),
         *(backend, *sizes),
@@ -645,12 +645,13 @@ def _run(
     z: Tensor,
     index_x: Tensor | None,
     index_z: Tensor | None,
-    *problem: Tensor,
+    *problem: Tensor,  # segments_x, segments_z, pairs, weights
     **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "native":
-        *results, dx, dz = native.ot_loss(_moved(x, index_x), _moved(z, index_z), *problem, **how)
-        return *results, _moved_back(dx, index_x), _moved_back(dz, index_z)
+        x, z = _moved(x, index_x), _moved(z, index_z)
+        loss, iterations, marginal_error, dx, dz = native.ot_loss(x, z, *problem, **how)
+        return loss, iterations, marginal_error, _moved_back(dx, index_x), _moved_back(dz, index_z)
     from cot2align.kernels import triton_sinkhorn
 
     core = "cuda" if "cuda" in backend else "triton"
@@ -659,7 +660,11 @@ def _run(
     if backend == "triton+cuda" and backends.refusal("cuda", device, *bounds):
         core = "triton"  # chosen where the sizes were symbols
     return triton_sinkhorn.ot_loss(
-        *(x, z, index_x, index_z, *problem),
+        x,
+        z,
+        index_x,
+        index_z,
+        *problem,
         bounds=bounds,
         entries=sizes.entries,
         uniform=sizes.uniform,
@@ -699,9 +704,13 @@ def _ot_loss(
     uniform: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _run(
-        *(backend, _Sizes(longest_x, longest_z, entries, uniform)),
-        *(x, z, index_x, index_z, segments_x, segments_z),
-        *(pairs, torch.ones(len(pairs), device=x.device)),
+        backend,
+        _Sizes(longest_x, longest_z, entries, uniform),
+        x,
+        z,
+        index_x,
+        index_z,
+        *(segments_x, segments_z, pairs, torch.ones(len(pairs), device=x.device)),
         scale=scale,
         epsilon=epsilon,
         num_iters=num_iters,
@@ -742,8 +751,13 @@ def _ot_loss_gradient(
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _run(
-        *(backend, _Sizes(longest_x, longest_z, entries, uniform)),
-        *(x, z, index_x, index_z, segments_x, segments_z, pairs, weights),
+        backend,
+        _Sizes(longest_x, longest_z, entries, uniform),
+        x,
+        z,
+        index_x,
+        index_z,
+        *(segments_x, segments_z, pairs, weights),
         scale=scale,
         epsilon=epsilon,
         num_iters=num_iters,

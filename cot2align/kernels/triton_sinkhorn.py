@@ -514,9 +514,11 @@ def ot_loss(
     Raises ValueError for tensors that do not fit together, and what the core raises.
     """
     tensors = {"x": x, "z": z, "pairs": pairs, "weights": weights}
-    tensors |= {"index_x": index_x, "index_z": index_z}
+    for name, index in (("index_x", index_x), ("index_z", index_z)):
+        if index is not None:
+            tensors[name] = index
     for name, tensor in tensors.items():
-        if tensor is not None and (not tensor.is_contiguous() or tensor.device != x.device):
+        if not tensor.is_contiguous() or tensor.device != x.device:
             raise ValueError(f"{name} must be contiguous on {x.device}, is on {tensor.device}")
     if x.dtype not in DEPTH or z.dtype != x.dtype:
         raise ValueError(f"x and z must have one dtype of 16 or 32 bits, got {x.dtype}, {z.dtype}")
