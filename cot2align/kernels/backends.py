@@ -3,7 +3,7 @@
     device      size                              order
     cpu         any                               native, reference (triton: interpreted, on demand)
     cuda        within one Triton launch          triton, cuda, reference
-    cuda        larger                            cuda, triton, reference
+    cuda        larger                            cuda (up to some 640 x 640), triton, reference
     others      any                               reference
 
 The size is that of the largest problem, as the host knows it (`max_seqlen_*`, or N and M): nothing

@@ -6,8 +6,10 @@ is served by one program of `_fused`, from its tokens to dL/dS, with its matrice
     S = scale X Z^T -> p = softmax of the rows -> E = exp((p - 1) / epsilon) -> K iterations, with
     a stop of its own -> loss -> reverse iterations -> dS = weight dL/dS
 
-The u and v of each iteration go to memory for the way back. Larger problems get S from
-`_similarity` and dS, in its place, from a core (kernels/triton_streamed.py or cuda_sinkhorn.py).
+The u and v of each iteration go to memory for the way back. That is one launch up to 64 x 128,
+with the implicit gradient up to 64 x 64 (32 x 32 on compute capability 10), without a gradient up
+to 128 x 128 where 1/epsilon <= 64. Larger problems get S from `_similarity` and dS, in its place,
+from a core (kernels/triton_streamed.py or cuda_sinkhorn.py): two launches where the core makes one.
 `_products` then makes dX = scale dS Z and dZ = scale dS^T X, each row by one program that sums over
 the row's problems in their order: no atomics, the same input gives the same bits.
 
@@ -447,11 +449,9 @@ def tiles_for(gradient: str, logarithmic: bool, capability: int) -> tuple[Tile, 
     """The tiles of `_fused`, each within the next, on a GPU of this major capability."""
     if gradient == "none" and not logarithmic:
         return (*TILES, Tile(128, 128, 8 if capability == 9 else 16))
-    if capability >= 10 and (gradient == "implicit" or (gradient == "unrolled" and logarithmic)):
-        return TILES[:1]
-    # The implicit gradient's matrices are of double precision.
-    spills = gradient == "implicit" or (gradient == "detached" and logarithmic)
-    return TILES[:2] if spills else TILES
+    if gradient == "implicit":  # its matrices are of double precision
+        return TILES[:1] if capability >= 10 else TILES[:2]
+    return TILES
 
 
 STAGES = 3
