@@ -516,6 +516,12 @@ def test_the_choice_for_a_gpu_compiles_without_graph_breaks(dynamic):
         assert (chosen(torch.zeros(size)) == cuda).all()
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the choice is then another")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_a_gpu_takes_any_number_of_teacher_tokens(capability):
+    assert backends.choose(backends.Device("cuda", capability), 10, 100_000).backend == "triton"
+
+
 def test_memory_stays_with_a_few_matrices_a_thread():
     # 40 problems of 256 x 256: the tape of 100 iterations holds 2 GiB, three matrices per thread
     # and the vectors' history 3 MiB.
