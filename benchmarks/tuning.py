@@ -41,7 +41,7 @@ def problems(
 
     def run(num_iters: int = 100) -> object:
         return triton_sinkhorn.ot_loss(
-            *(x.to(dtype), z.to(dtype), *segments, pairs, weights),
+            *(x.to(dtype), z.to(dtype), None, None, *segments, pairs, weights),
             bounds=(n, m),
             scale=dim**-0.5,
             epsilon=0.1,

@@ -30,8 +30,11 @@
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #endif
 
 namespace cot2align {
@@ -1062,17 +1065,24 @@ void cuda_solve(const CudaProblems& problems, const CudaSettings& settings,
   config.numAttrs = 1;
 
   check(cudaSetDevice(device), "cudaSetDevice");
-  // The same for every launch: another thread's may come between this and ours.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit),
-        "cudaFuncSetAttribute");
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  if (attributes.ptxVersion < 90)
-    check(cudaErrorNoKernelImageForDevice, "compiled for no architecture with clusters");
-  int clusters = 0;
-  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config),
-        "cudaOccupancyMaxActiveClusters");
-  if (clusters == 0) check(cudaErrorLaunchOutOfResources, "the device holds no such cluster");
+  static std::mutex mutex;
+  static std::set<std::tuple<int, void (*)(Launch), int, int64_t>> launched;
+  const std::tuple key{device, kernel, choice.cluster, choice.shared_bytes};
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (launched.count(key) == 0) {
+    // The same for every launch of this kernel, whatever its size.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit),
+          "cudaFuncSetAttribute");
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    if (attributes.ptxVersion < 90)
+      check(cudaErrorNoKernelImageForDevice, "compiled for no architecture with clusters");
+    int clusters = 0;
+    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config),
+          "cudaOccupancyMaxActiveClusters");
+    if (clusters == 0) check(cudaErrorLaunchOutOfResources, "the device holds no such cluster");
+    launched.insert(key);
+  }
   check(cudaLaunchKernelEx(&config, kernel, launch), "cudaLaunchKernelEx");
 }
 #else

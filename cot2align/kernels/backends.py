@@ -3,7 +3,7 @@
     device      size                              order
     cpu         any                               native, reference (triton: interpreted, on demand)
     cuda        within one Triton launch          triton, cuda, reference
-    cuda        larger                            cuda, triton, reference
+    cuda        larger                            cuda (up to some 640 x 640), triton, reference
     others      any                               reference
 
 The size is that of the largest problem, as the host knows it (`max_seqlen_*`, or N and M): nothing
@@ -82,7 +82,7 @@ def _candidate(backend: str, device: Device, rows: int, cols: int) -> Candidate:
         return Candidate(backend, True, f"compiled, {native.INSTRUCTION_SETS[0]} on this CPU")
     if backend == "cuda" and device.type != "cuda":
         return Candidate(backend, False, "it takes CUDA tensors")
-    if lacking := _triton_lacks(device, rows, cols) if backend == "triton" else None:
+    if lacking := _triton_lacks(device) if backend == "triton" else None:
         return Candidate(backend, False, lacking)
     if backend == "cuda" and (lacking := _cuda_lacks(device, rows, cols)):
         return Candidate(backend, False, lacking)
@@ -93,7 +93,7 @@ def _candidate(backend: str, device: Device, rows: int, cols: int) -> Candidate:
     return Candidate(backend, True, "streams the matrix from memory once an iteration")
 
 
-def _triton_lacks(device: Device, rows: int, cols: int) -> str | None:
+def _triton_lacks(device: Device) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     if device.type != "cuda":
@@ -104,18 +104,14 @@ def _triton_lacks(device: Device, rows: int, cols: int) -> str | None:
         return "it needs compute capability {}.{}, this is {}.{}".format(
             *SMALLEST_CAPABILITY, *device.capability
         )
-    from cot2align.kernels.triton_streamed import MAX_COLS
-
-    if cols > MAX_COLS:
-        return f"it takes up to {MAX_COLS} teacher tokens, not {cols}"
     return None
 
 
 def _cuda_lacks(device: Device, rows: int, cols: int) -> str | None:
-    if lacking := _triton_lacks(device, rows, 0):
+    if lacking := _triton_lacks(device):
         return f"its similarities and products come from Triton: {lacking}"
     if torch.compiler.is_compiling():  # no C++ call, with sizes that may be symbols: asked when run
-        return _triton_lacks(device, rows, cols)
+        return None
     from cot2align.kernels import cuda_sinkhorn
 
     return cuda_sinkhorn.fits(rows, cols, device.capability)

@@ -92,17 +92,17 @@ def fused_ot_loss(
         )
     batch = len(student)
     with torch.autocast(student.device.type, enabled=False):
-        x, segments_x = _pack(student, student_mask)
-        y, segments_y = _pack(teacher, teacher_mask)
+        leave_out = backend == "native" and not torch.compiler.is_compiling()
+        x = _pack(student, student_mask, leave_out)
+        y = _pack(teacher, teacher_mask, leave_out)
         segment = torch.arange(batch, device=student.device)
         pairs = torch.stack((segment, segment), dim=1)
         weights = None
         if reduction != "none":
-            weights = _reduction_weights(segments_x[:, 1], segments_y[:, 1], reduction)
+            weights = _reduction_weights(x.segments[:, 1], y.segments[:, 1], reduction)
         uniform = student_mask is None and teacher_mask is None
         sizes = _Sizes(*bounds, batch * bounds[0] * _padded(bounds[1]), uniform)
-        packed = (x, y, projection, segments_x, segments_y, pairs, weights)
-        terms = _solve(*packed, sizes, settings, backend)
+        terms = _solve(x, y, projection, pairs, weights, sizes, settings, backend)
     return terms.loss if weights is None else terms.total
 
 
@@ -427,26 +427,32 @@ def _check_pairs(
 # ---- packing
 
 
-def _pack(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, N, width] -> packed tokens [T, width] and segments [B, 2].
+class _Texts(NamedTuple):
+    tokens: Tensor  # [tokens, width]
+    segments: Tensor  # int64 [texts, 2]: first token, number of tokens
+    places: Tensor | None = None  # int64 [tokens], a permutation: where the texts' tokens stand
+    mask: Tensor | None = None  # bool [tokens]: those of a text, where others stand among them
 
-    On the CPU masked tokens are left out. Where shapes must not depend on values (a GPU,
-    torch.compile) they are moved behind the others and zeroed, and the segments step over them.
+
+def _pack(tokens: Tensor, mask: Tensor | None, leave_out: bool) -> _Texts:
+    """[B, N, width] -> texts.
+
+    leave_out: without the masked tokens. Else, where shapes must not depend on values (a GPU,
+    torch.compile), all tokens stay where they are: of the places a text's own come first, and the
+    segments step over the others.
     """
     batch, length, width = tokens.shape
     first = torch.arange(batch, device=tokens.device) * length
+    flat = tokens.reshape(-1, width)
     if mask is None:
-        lengths = torch.full_like(first, length)
-        return tokens.reshape(-1, width), torch.stack((first, lengths), dim=1)
+        return _Texts(flat, torch.stack((first, torch.full_like(first, length)), dim=1))
     lengths = mask.sum(1)
-    if tokens.is_cpu and not torch.compiler.is_compiling():
-        packed = tokens.reshape(-1, width).index_select(0, mask.flatten().nonzero()[:, 0])
-        return packed, torch.stack((lengths.cumsum(0) - lengths, lengths), dim=1)
+    if leave_out:
+        packed = flat.index_select(0, mask.flatten().nonzero()[:, 0])
+        return _Texts(packed, torch.stack((lengths.cumsum(0) - lengths, lengths), dim=1))
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    moved = tokens.gather(1, order[:, :, None].expand(-1, -1, width))
-    behind = torch.arange(length, device=tokens.device) >= lengths[:, None]
-    moved = moved.masked_fill(behind[:, :, None], 0.0)
-    return moved.reshape(-1, width), torch.stack((first, lengths), dim=1)
+    places = (first[:, None] + order).flatten()
+    return _Texts(flat, torch.stack((first, lengths), dim=1), places, mask.flatten())
 
 
 def _reduction_weights(lengths_x: Tensor, lengths_y: Tensor, reduction: str) -> Tensor:
@@ -499,8 +505,9 @@ def _varlen(
         most = len(pairs) * bounds[0] * _padded(bounds[1])
         uniform = entries == most
         entries = most if entries is None else entries
-        packed = (student, teacher, projection, segments_x, segments_y, pairs, weights)
-        return _solve(*packed, _Sizes(*bounds, entries, uniform), settings, backend)
+        texts = _Texts(student, segments_x), _Texts(teacher, segments_y)
+        sizes = _Sizes(*bounds, entries, uniform)
+        return _solve(*texts, projection, pairs, weights, sizes, settings, backend)
 
 
 def _longest(segments: Tensor) -> int:
@@ -550,34 +557,31 @@ def _count_entries(cu_x: Tensor, cu_y: Tensor, pairs: Tensor | None) -> int | No
 
 
 def _solve(
-    student: Tensor,  # [tokens, d]
-    teacher: Tensor,  # [tokens, D]
+    student: _Texts,  # width d
+    teacher: _Texts,  # width D
     projection: Tensor | None,  # [D, d]
-    segments_x: Tensor,  # [segments, 2]
-    segments_y: Tensor,
     pairs: Tensor,  # [Q, 2]
     weights: Tensor | None,  # [Q]; None: differentiate each problem's loss
     sizes: _Sizes,
     settings: OTSettings,
     backend: str,
 ) -> OTTerms:
-    keep = backend != "native" and student.dtype == teacher.dtype
-    dtype = student.dtype if keep else torch.float32
-    x, z = student.to(dtype), teacher.to(dtype)
-    if projection is not None:
-        wide, narrow = teacher.shape[1], student.shape[1]
-        one_side = wide * narrow
-        backward = 2 if teacher.requires_grad else 1
-        by_teacher = (1 + backward) * len(teacher) * one_side + 3 * sizes.entries * narrow
-        by_student = 3 * len(student) * one_side + (1 + backward) * sizes.entries * wide
-        if by_teacher <= by_student:
-            z = _Project.apply(z, projection)
-        else:
-            x = _Project.apply(x, projection.T)
+    x, z = student.tokens, teacher.tokens
+    wide, narrow = z.shape[1], x.shape[1]
+    dtype = x.dtype if backend != "native" and x.dtype == z.dtype else torch.float32
+    backward = 2 if z.requires_grad else 1
+    by_teacher = (1 + backward) * len(z) * wide * narrow + 3 * sizes.entries * narrow
+    by_student = 3 * len(x) * wide * narrow + (1 + backward) * sizes.entries * wide
+    x, z = x.to(dtype), z.to(dtype)
+    if projection is not None and by_teacher <= by_student:
+        z = _Project.apply(z, projection, teacher.mask)
+    elif projection is not None:
+        x = _Project.apply(x, projection.T, student.mask)
     enabled = torch.is_grad_enabled()
     arguments = (
-        *(x.contiguous(), z.contiguous(), segments_x, segments_y, pairs, weights),
-        *(1 / math.sqrt(student.shape[1]), settings.epsilon, settings.num_iters, settings.tol),
+        *(x.contiguous(), z.contiguous(), student.places, teacher.places),
+        *(student.segments, teacher.segments, pairs, weights),
+        *(1 / math.sqrt(narrow), settings.epsilon, settings.num_iters, settings.tol),
         *(backend, *sizes),
         *(settings.grad, enabled and x.requires_grad, enabled and z.requires_grad),
     )
@@ -592,8 +596,8 @@ class _WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *problem, weights = arguments[:6]  # then the operators' other arguments
-        *how, _, ctx.need_x, ctx.need_z = arguments[6:]
+        *problem, weights = arguments[:8]  # then the operators' other arguments
+        *how, _, ctx.need_x, ctx.need_z = arguments[8:]
         if ctx.need_x or ctx.need_z:
             loss, iterations, marginal_error, dx, dz = _ot_loss_gradient(*arguments)
             ctx.save_for_backward(dx, dz)
@@ -617,9 +621,9 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *problem, _ = arguments[:6]
+        *problem, _ = arguments[:8]
         ctx.save_for_backward(*problem)
-        ctx.settings = arguments[6:]
+        ctx.settings = arguments[8:]
         loss, iterations, marginal_error = _ot_loss(*problem, *ctx.settings[:-3])
         ctx.mark_non_differentiable(iterations, marginal_error)
         return loss, iterations, marginal_error
@@ -630,23 +634,36 @@ class _Losses(torch.autograd.Function):
         need_x, need_z = ctx.settings[-2:]
         weights = upstream.contiguous()
         *_, dx, dz = _ot_loss_gradient(*ctx.saved_tensors, weights, *ctx.settings)
-        others, dtype = (None,) * (4 + len(ctx.settings)), ctx.saved_tensors[0].dtype
+        others, dtype = (None,) * (6 + len(ctx.settings)), ctx.saved_tensors[0].dtype
         return dx.to(dtype) if need_x else None, dz.to(dtype) if need_z else None, *others
 
 
 def _run(
-    backend: str, sizes: _Sizes, *problem: Tensor, **how: Any
+    backend: str,
+    sizes: _Sizes,
+    x: Tensor,
+    z: Tensor,
+    index_x: Tensor | None,
+    index_z: Tensor | None,
+    *problem: Tensor,  # segments_x, segments_z, pairs, weights
+    **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "native":
-        return native.ot_loss(*problem, **how)
+        x, z = _moved(x, index_x), _moved(z, index_z)
+        loss, iterations, marginal_error, dx, dz = native.ot_loss(x, z, *problem, **how)
+        return loss, iterations, marginal_error, _moved_back(dx, index_x), _moved_back(dz, index_z)
     from cot2align.kernels import triton_sinkhorn
 
     core = "cuda" if "cuda" in backend else "triton"
-    device = backends.Device.of(problem[0].device)
+    device = backends.Device.of(x.device)
     bounds = sizes.longest_x, sizes.longest_y
     if backend == "triton+cuda" and backends.refusal("cuda", device, *bounds):
         core = "triton"  # chosen where the sizes were symbols
     return triton_sinkhorn.ot_loss(
+        x,
+        z,
+        index_x,
+        index_z,
         *problem,
         bounds=bounds,
         entries=sizes.entries,
@@ -657,10 +674,22 @@ def _run(
     )
 
 
+def _moved(tokens: Tensor, index: Tensor | None) -> Tensor:
+    return tokens if index is None else tokens.index_select(0, index)
+
+
+def _moved_back(gradient: Tensor, index: Tensor | None) -> Tensor:
+    if index is None or len(gradient) == 0:
+        return gradient
+    return torch.empty_like(gradient).index_copy_(0, index, gradient)
+
+
 @torch.library.custom_op("cot2align::ot_loss", mutates_args=())
 def _ot_loss(
     x: Tensor,
     z: Tensor,
+    index_x: Tensor | None,
+    index_z: Tensor | None,
     segments_x: Tensor,
     segments_z: Tensor,
     pairs: Tensor,
@@ -675,8 +704,13 @@ def _ot_loss(
     uniform: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _run(
-        *(backend, _Sizes(longest_x, longest_z, entries, uniform)),
-        *(x, z, segments_x, segments_z, pairs, torch.ones(len(pairs), device=x.device)),
+        backend,
+        _Sizes(longest_x, longest_z, entries, uniform),
+        x,
+        z,
+        index_x,
+        index_z,
+        *(segments_x, segments_z, pairs, torch.ones(len(pairs), device=x.device)),
         scale=scale,
         epsilon=epsilon,
         num_iters=num_iters,
@@ -686,7 +720,9 @@ def _ot_loss(
 
 
 @_ot_loss.register_fake
-def _(x: Tensor, z: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, z: Tensor, ix: Tensor, iz: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     per_problem = x.new_empty(pairs.shape[0], dtype=torch.float32)
     return per_problem, per_problem.to(torch.int32), torch.empty_like(per_problem)
 
@@ -695,6 +731,8 @@ def _(x: Tensor, z: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, *_: Any) -> t
 def _ot_loss_gradient(
     x: Tensor,
     z: Tensor,
+    index_x: Tensor | None,
+    index_z: Tensor | None,
     segments_x: Tensor,
     segments_z: Tensor,
     pairs: Tensor,
@@ -713,8 +751,13 @@ def _ot_loss_gradient(
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _run(
-        *(backend, _Sizes(longest_x, longest_z, entries, uniform)),
-        *(x, z, segments_x, segments_z, pairs, weights),
+        backend,
+        _Sizes(longest_x, longest_z, entries, uniform),
+        x,
+        z,
+        index_x,
+        index_z,
+        *(segments_x, segments_z, pairs, weights),
         scale=scale,
         epsilon=epsilon,
         num_iters=num_iters,
@@ -727,7 +770,7 @@ def _ot_loss_gradient(
 
 @_ot_loss_gradient.register_fake
 def _(
-    x: Tensor, z: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, weights: Tensor, *how: Any
+    x: Tensor, z: Tensor, ix: Tensor, iz: Tensor, sx: Tensor, sz: Tensor, pairs: Tensor, *how: Any
 ) -> tuple[Tensor, ...]:
     per_problem = x.new_empty(pairs.shape[0], dtype=torch.float32)
     dtype = backends.gradient_dtype(x.dtype)
@@ -742,23 +785,25 @@ def _(
 
 class _Project(torch.autograd.Function):
     """tokens [T, a], matrix [a, b] -> [T, b], of the tokens' dtype; the matrix may have another,
-    in which it gets its gradient, summed in float32."""
+    in which it gets its gradient, summed in float32 over the tokens of the mask, a bool [T]."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, matrix)
+    def forward(ctx: Any, tokens: Tensor, matrix: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(tokens, matrix, mask)
         return _matmul(tokens, matrix.to(tokens.dtype), tokens.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        tokens, matrix = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        tokens, matrix, mask = ctx.saved_tensors
         d_tokens = d_matrix = None
         if ctx.needs_input_grad[0]:
             d_tokens = _matmul(upstream, matrix.T.to(tokens.dtype), tokens.dtype)
         if ctx.needs_input_grad[1]:
+            if mask is not None:  # what stands elsewhere may be NaN
+                tokens = tokens.masked_fill(~mask[:, None], 0)
             d_matrix = _matmul(tokens.T, upstream, torch.float32).to(matrix.dtype)
-        return d_tokens, d_matrix
+        return d_tokens, d_matrix, None
 
 
 @torch.library.custom_op("cot2align::matmul", mutates_args=())

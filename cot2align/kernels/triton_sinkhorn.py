@@ -6,8 +6,10 @@ is served by one program of `_fused`, from its tokens to dL/dS, with its matrice
     S = scale X Z^T -> p = softmax of the rows -> E = exp((p - 1) / epsilon) -> K iterations, with
     a stop of its own -> loss -> reverse iterations -> dS = weight dL/dS
 
-The u and v of each iteration go to memory for the way back. Larger problems get S from
-`_similarity` and dS, in its place, from a core (kernels/triton_streamed.py or cuda_sinkhorn.py).
+The u and v of each iteration go to memory for the way back. That is one launch up to 64 x 128,
+with the implicit gradient up to 64 x 64 (32 x 32 on compute capability 10), without a gradient up
+to 128 x 128 where 1/epsilon <= 64. Larger problems get S from `_similarity` and dS, in its place,
+from a core (kernels/triton_streamed.py or cuda_sinkhorn.py): two launches where the core makes one.
 `_products` then makes dX = scale dS Z and dZ = scale dS^T X, each row by one program that sums over
 the row's problems in their order: no atomics, the same input gives the same bits.
 
@@ -46,13 +48,23 @@ def _dot(a, b, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _places(index, first, tokens, count):
+    """Where these of the text's `count` tokens stand."""
+    places = first + tokens
+    if index is not None:
+        places = tl.load(index + places, mask=tokens < count, other=0)
+    return places
+
+
+@triton.jit
 def _similarity_block(
-    x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH: tl.constexpr, UPCAST: tl.constexpr
-):
+    x, z, index_x, index_z, first_x, first_z, rows, cols, n, m, dim,
+    DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """X Z^T of the problem's tokens `rows` and `cols`, [rows, cols] float32; 0 outside (n, m)."""
     depth = tl.arange(0, DEPTH)
-    x_rows = x + (first_x + rows)[:, None] * dim + depth[None, :]
-    z_rows = z + (first_z + cols)[:, None] * dim + depth[None, :]
+    x_rows = x + _places(index_x, first_x, rows, n)[:, None] * dim + depth[None, :]
+    z_rows = z + _places(index_z, first_z, cols, m)[:, None] * dim + depth[None, :]
     total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
     for k in range(0, dim, DEPTH):
         inside = depth[None, :] < dim - k
@@ -63,11 +75,16 @@ def _similarity_block(
 
 
 @triton.jit
+def _matrix(matrices, offsets, q):
+    return matrices + tl.multiple_of(tl.load(offsets + q), 4)
+
+
+@triton.jit
 def _entries(matrix, rows, cols, n, m):
-    """Addresses and mask of a matrix [n, m] whose rows begin every 16 bytes."""
-    stride = ((m + 3) // 4 * 4).to(tl.int64)
-    at = matrix + rows[:, None] * stride + cols[None, :]
-    return at, (rows < n)[:, None] & (cols < m)[None, :]
+    """Addresses and mask of a matrix [n, m] whose rows begin every 16 bytes, padding included."""
+    stride = (m + 3) // 4 * 4
+    at = matrix + rows[:, None] * stride.to(tl.int64) + cols[None, :]
+    return at, (rows < n)[:, None] & (cols < stride)[None, :]
 
 
 @triton.jit
@@ -173,6 +190,8 @@ def _fixed_point(T, C, limit):
 def _fused(
     x,  # [tokens_x, dim]
     z,  # [tokens_z, dim]
+    index_x,  # int64: where each of the texts' tokens stands in x; None: in their order
+    index_z,
     firsts,  # int64 [Q, 2]: the problem's first tokens
     shapes,  # int32 [Q, 2]: n, m
     offsets,  # int64 [Q]
@@ -205,7 +224,9 @@ def _fused(
     row, col = rows < n, cols < m
     first_x, first_z = tl.load(firsts + 2 * q), tl.load(firsts + 2 * q + 1)
 
-    S = _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
+    S = _similarity_block(
+        x, z, index_x, index_z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST
+    )
     # A branch: a layout pass for Blackwell (Triton 3.7) follows a product's users up to the next
     # branch, and fails at a sum of a sum.
     if scale != 1.0:
@@ -268,7 +289,7 @@ def _fused(
             slope = _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG)
         elif GRADIENT == "implicit":
             # In memory, p leaves its registers to the iteration in double precision.
-            at, valid = _entries(gradient + tl.load(offsets + q), rows, cols, n, m)
+            at, valid = _entries(_matrix(gradient, offsets, q), rows, cols, n, m)
             tl.store(at, kept, mask=valid)
             z_bar, w_bar = _fixed_point(T, C, 2 * m + 50)
             tl.debug_barrier()
@@ -282,7 +303,7 @@ def _fused(
         slope -= tl.sum(tl.where(at_argmax, slope, 0.0), 1)[:, None]
         p = tl.where(at_argmax, 1.0 + kept, kept)
         slope -= tl.sum(p * slope, 1)[:, None]
-        at, valid = _entries(gradient + tl.load(offsets + q), rows, cols, n, m)
+        at, valid = _entries(_matrix(gradient, offsets, q), rows, cols, n, m)
         tl.store(at, tl.load(weights + q) * p * slope, mask=valid)
 
 
@@ -290,6 +311,8 @@ def _fused(
 def _similarity(
     x,
     z,
+    index_x,
+    index_z,
     firsts,
     shapes,
     offsets,
@@ -315,9 +338,11 @@ def _similarity(
         return
     rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
     first_x, first_z = tl.load(firsts + 2 * q), tl.load(firsts + 2 * q + 1)
-    S = scale * _similarity_block(x, z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST)
-    at, valid = _entries(similarity + tl.load(offsets + q), rows, cols, n, m)
-    tl.store(at, S, mask=valid)
+    S = _similarity_block(
+        x, z, index_x, index_z, first_x, first_z, rows, cols, n, m, dim, DEPTH, UPCAST
+    )
+    at, valid = _entries(_matrix(similarity, offsets, q), rows, cols, n, m)
+    tl.store(at, scale * S, mask=valid)
 
 
 @triton.jit(do_not_specialize=["tiles", "widths"])
@@ -325,6 +350,8 @@ def _products(
     gradient,  # dS of problem q at offsets[q], rows of m rounded up to 4
     right,  # [tokens, dim]: z where the output is dx, x where it is dz
     output,  # [tokens, dim]
+    index_right,
+    index_output,
     segments,  # int64 [segments, 2] of the output: first token, number of tokens
     starts,  # int64 [segments + 1]: where the segment's problems begin in `problems`
     problems,  # int64 [Q], by segment
@@ -355,19 +382,21 @@ def _products(
     for i in range(tl.load(starts + segment), tl.load(starts + segment + 1)):
         q = tl.load(problems + i)
         n, m = tl.load(shapes + 2 * q), tl.load(shapes + 2 * q + 1)
-        stride = ((m + 3) // 4 * 4).to(tl.int64)
         limit, inner = (m, n) if TRANSPOSED else (n, m)
-        dS = gradient + tl.load(offsets + q)
-        tokens = right + tl.load(firsts + 2 * q + side) * dim
+        dS = _matrix(gradient, offsets, q)
+        first_right = tl.load(firsts + 2 * q + side)
         for k in range(0, inner, DEPTH):
             at = k + depth
             if TRANSPOSED:
-                block = dS + at[None, :] * stride + rows[:, None]
+                block, inside = _entries(dS, at, rows, n, m)
+                block, inside = tl.trans(block), tl.trans(inside)
             else:
-                block = dS + rows[:, None] * stride + at[None, :]
-            a = tl.load(block, mask=(rows < limit)[:, None] & (at < inner)[None, :], other=0.0)
+                block, inside = _entries(dS, rows, at, n, m)
+            a = tl.load(block, mask=inside, other=0.0)
+            a = tl.where((rows < limit)[:, None] & (at < inner)[None, :], a, 0.0)
+            at_right = _places(index_right, first_right, at, inner)
             b = tl.load(
-                tokens + at.to(tl.int64)[:, None] * dim + width[None, :],
+                right + at_right[:, None] * dim + width[None, :],
                 mask=(at < inner)[:, None] & (width < dim)[None, :],
                 other=0.0,
             )
@@ -381,12 +410,17 @@ def _products(
                 total += power * _dot(a, b, product, UPCAST)
             else:
                 total = _dot(a.to(b.dtype), b, total, UPCAST)
-    to = output + (first + rows)[:, None] * dim + width[None, :]
+    to = output + _places(index_output, first, rows, count)[:, None] * dim + width[None, :]
     mask = (rows < count)[:, None] & (width < dim)[None, :]
     tl.store(to, (scale * total).to(output.dtype.element_ty), mask=mask)
 
 
 # ---- configurations: fixed, so that the same input gives the same bits
+
+
+def registers(warps: int) -> int:
+    """Of a thread, at most. Without a limit ptxas spills some to fit two programs at once."""
+    return min(255, 65536 // (32 * warps))
 
 
 class Tile(NamedTuple):
@@ -395,11 +429,6 @@ class Tile(NamedTuple):
     rows: int
     cols: int
     warps: int
-
-    @property
-    def registers(self) -> int:
-        """Of a thread, at most. Without a limit ptxas spills some to fit two programs at once."""
-        return min(255, 65536 // (32 * self.warps))
 
 
 class Block(NamedTuple):
@@ -420,11 +449,9 @@ def tiles_for(gradient: str, logarithmic: bool, capability: int) -> tuple[Tile, 
     """The tiles of `_fused`, each within the next, on a GPU of this major capability."""
     if gradient == "none" and not logarithmic:
         return (*TILES, Tile(128, 128, 8 if capability == 9 else 16))
-    if capability >= 10 and (gradient == "implicit" or (gradient == "unrolled" and logarithmic)):
-        return TILES[:1]
-    # The implicit gradient's matrices are of double precision.
-    spills = gradient == "implicit" or (gradient == "detached" and logarithmic)
-    return TILES[:2] if spills else TILES
+    if gradient == "implicit":  # its matrices are of double precision
+        return TILES[:1] if capability >= 10 else TILES[:2]
+    return TILES
 
 
 STAGES = 3
@@ -454,6 +481,8 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **configuration: Any) -
 def ot_loss(
     x: Tensor,  # [tokens_x, dim] float32, float16 or bfloat16
     z: Tensor,  # [tokens_z, dim] of x's dtype
+    index_x: Tensor | None,  # [tokens_x] int64, a permutation: where the texts' tokens stand in x
+    index_z: Tensor | None,  # None: in their order
     segments_x: Tensor,  # [segments, 2] int64: first token, number of tokens
     segments_z: Tensor,
     pairs: Tensor,  # [problems, 2] int64
@@ -484,7 +513,11 @@ def ot_loss(
 
     Raises ValueError for tensors that do not fit together, and what the core raises.
     """
-    for name, tensor in {"x": x, "z": z, "pairs": pairs, "weights": weights}.items():
+    tensors = {"x": x, "z": z, "pairs": pairs, "weights": weights}
+    for name, index in (("index_x", index_x), ("index_z", index_z)):
+        if index is not None:
+            tensors[name] = index
+    for name, tensor in tensors.items():
         if not tensor.is_contiguous() or tensor.device != x.device:
             raise ValueError(f"{name} must be contiguous on {x.device}, is on {tensor.device}")
     if x.dtype not in DEPTH or z.dtype != x.dtype:
@@ -526,7 +559,8 @@ def ot_loss(
             _launch(
                 _fused,
                 count,
-                *(x, z, firsts, shapes, offsets, order, weights, matrix, history, *outputs),
+                *(x, z, index_x, index_z, firsts, shapes, offsets, order),
+                *(weights, matrix, history, *outputs),
                 *(dim, scale, epsilon, num_iters, tol or -1.0, floor.rows, floor.cols),
                 ROWS=tile.rows,
                 COLS=tile.cols,
@@ -536,7 +570,7 @@ def ot_loss(
                 UPCAST=upcast,
                 num_warps=tile.warps,
                 num_stages=STAGES,
-                maxnreg=tile.registers,
+                maxnreg=registers(tile.warps),
             )
             floor = tile
         if not fitting:
@@ -545,7 +579,7 @@ def ot_loss(
             _launch(
                 _similarity,
                 count * tiles_n * tiles_m,
-                *(x, z, firsts, shapes, offsets, order, matrix),
+                *(x, z, index_x, index_z, firsts, shapes, offsets, order, matrix),
                 *(dim, scale, floor.rows, floor.cols, tiles_n, tiles_m),
                 ROWS=block.rows,
                 COLS=block.cols,
@@ -553,6 +587,7 @@ def ot_loss(
                 UPCAST=upcast,
                 num_warps=block.warps,
                 num_stages=block.stages,
+                maxnreg=registers(block.warps),
             )
             importlib.import_module(f"cot2align.kernels.{CORES[core]}").solve(
                 *(matrix, shapes, offsets, order, weights),
@@ -569,9 +604,11 @@ def ot_loss(
         problems = (firsts, shapes, offsets)
         dx = dz = x.new_empty(0, dtype=gradient_dtype(x.dtype))
         if gradient != "none" and need_x:
-            dx = _product(matrix, z, x, segments_x, pairs[:, 0], problems, max_n, scale, False)
+            sides = (z, x, index_z, index_x)
+            dx = _product(matrix, *sides, segments_x, pairs[:, 0], problems, max_n, scale, False)
         if gradient != "none" and need_z:
-            dz = _product(matrix, x, z, segments_z, pairs[:, 1], problems, max_m, scale, True)
+            sides = (x, z, index_x, index_z)
+            dz = _product(matrix, *sides, segments_z, pairs[:, 1], problems, max_m, scale, True)
     return loss, iterations, marginal_error, dx, dz
 
 
@@ -584,6 +621,8 @@ def _product(
     gradient: Tensor,
     right: Tensor,
     like: Tensor,
+    index_right: Tensor | None,
+    index_like: Tensor | None,
     segments: Tensor,
     segment_of: Tensor,  # [problems]
     problems: tuple[Tensor, Tensor, Tensor],
@@ -601,7 +640,8 @@ def _product(
     _launch(
         _products,
         len(segments) * tiles * widths,
-        *(gradient, right, output, segments, starts, by_segment, *problems),
+        *(gradient, right, output, index_right, index_like),
+        *(segments, starts, by_segment, *problems),
         *(dim, scale, tiles, widths),
         ROWS=block.rows,
         WIDTH=block.cols,
@@ -611,5 +651,6 @@ def _product(
         UPCAST=INTERPRETED and like.dtype == torch.bfloat16,
         num_warps=block.warps,
         num_stages=block.stages,
+        maxnreg=registers(block.warps),
     )
     return output

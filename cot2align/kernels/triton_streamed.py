@@ -21,6 +21,9 @@ read gives a row its new potential and its part of the next column sums. Vectors
 row's sum is taken relative to its largest entry, and a column's potential is corrected by the
 column sums of the last plan, which lie between 1/(N M) and 1.
 
+Rows wider than any tile are read in blocks of columns, and twice for what is once here: first for
+the row's sums, then for its part of the columns'. Always on logarithms.
+
 Small problems are solved side by side in one launch, a program each; many larger ones with a launch
 for all iterations; few large ones by many programs each, with two launches an iteration. Sums over
 programs are taken in a fixed order and nothing is read by the host.
@@ -298,6 +301,31 @@ def _loss_kernel(
     tl.store(loss + q + tl.arange(0, 1), total)
 
 
+@triton.jit
+def _add_history(
+    bend, cost, col, rows, cols, x, y, i, j, end, last, width_n, sharpness,
+    COLS: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """bend + sum_{k<K} T_k * x_k - sum_k T'_k * y_k, from g_K."""
+    sums = tl.zeros(cost.shape, tl.float32)
+    for step in range(last):
+        k = last - step
+        y_now = tl.load(y + k * COLS + j)
+        row = tl.load(rows + (k - 1) * width_n + i, mask=i < end, other=_nothing(LOG))
+        if LOG:
+            bend -= _plan(cost, row, col, sharpness, LOG) * y_now[None, :]
+        else:
+            sums -= row[:, None] * (col * y_now)[None, :]
+        if k > 1:
+            col = tl.load(cols + (k - 1) * COLS + j)
+            x_now = tl.load(x + (k - 1) * width_n + i, mask=i < end, other=0)
+            if LOG:
+                bend += _plan(cost, row, col, sharpness, LOG) * x_now[:, None]
+            else:
+                sums += (row * x_now)[:, None] * col[None, :]
+    return bend if LOG else bend + tl.exp(-sharpness * cost) * sums
+
+
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
 def _gradient_kernel(
     similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
@@ -313,7 +341,7 @@ def _gradient_kernel(
     matrix = _matrix(similarity, offsets, q)
     j = tl.arange(0, COLS)
     weight = tl.load(weights + q)
-    last = tl.load(iterations + q) % slots
+    last = (tl.load(iterations + q) % slots).to(tl.int64)
     rows += q * slots * width_n
     cols += q * slots * COLS
     if GRADIENT == "unrolled":
@@ -338,24 +366,9 @@ def _gradient_kernel(
         if GRADIENT == "unrolled":
             mean = tl.sum(plan * cost, 1) * n
             bend = plan * (cost - mean[:, None])
-            sums = tl.zeros([R, COLS], tl.float32)
-            for step in range(last):
-                k = last - step
-                y_now = tl.load(y + k * COLS + j)
-                row = tl.load(rows + (k - 1) * width_n + i, mask=i < end, other=_nothing(LOG))
-                if LOG:
-                    bend -= _plan(cost, row, col, sharpness, LOG) * y_now[None, :]
-                else:
-                    sums -= row[:, None] * (col * y_now)[None, :]
-                if k > 1:
-                    col = tl.load(cols + (k - 1) * COLS + j)
-                    x_now = tl.load(x + (k - 1) * width_n + i, mask=i < end, other=0)
-                    if LOG:
-                        bend += _plan(cost, row, col, sharpness, LOG) * x_now[:, None]
-                    else:
-                        sums += (row * x_now)[:, None] * col[None, :]
-            if not LOG:
-                bend += tl.exp(-sharpness * cost) * sums
+            bend = _add_history(
+                bend, cost, col, rows, cols, x, y, i, j, end, last, width_n, sharpness, COLS, LOG
+            )  # fmt: skip
             slope += sharpness * bend
         # The softmax backward, relative to the argmax, whose p is all but 1 where it saturates.
         at_argmax = kept.to(tl.int32, bitcast=True) < 0
@@ -541,6 +554,381 @@ def _whole_kernel(
         )  # fmt: skip
 
 
+# ---- rows wider than a tile, in blocks of WIDTH columns: LOG, vectors of all columns in memory
+
+
+@triton.jit
+def _block(matrix, first, left, end, m, R: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns from `left` on, and the entries of R rows there."""
+    j = left + tl.arange(0, WIDTH)
+    _, at, mask = _entries(matrix, first, j, end, m, R)
+    return j, tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def _add(at, value, begun):
+    """Adds to what this program wrote there before, if it has begun."""
+    if begun:
+        tl.debug_barrier()
+        value += tl.load(at)
+    tl.store(at, value)
+
+
+@triton.jit
+def _wide_sweep(
+    matrix, rows, cols, partial, begin, end, n, m, sharpness, R: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`_sweep`, whose column sums are left in `partial`."""
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        top = tl.full([R], float("-inf"), tl.float32)
+        total = tl.zeros([R], tl.float32)
+        for left in range(0, m, WIDTH):
+            j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+            exponent = tl.load(cols + j)[None, :] - sharpness * _cost(kept)
+            before = top
+            top = tl.maximum(top, tl.max(exponent, 1))
+            total = total * tl.exp(before - top) + tl.sum(tl.exp(exponent - top[:, None]), 1)
+        factor = 1 / (n * total)
+        tl.store(rows + i, tl.log(factor) - top, mask=i < end)
+        factor = tl.where(i < end, factor, 0)
+        for left in range(0, m, WIDTH):
+            j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+            plan = _plan(_cost(kept), -top, tl.load(cols + j), sharpness, True)
+            _add(partial + j, tl.sum(plan * factor[:, None], 0), first > begin)
+
+
+@triton.jit
+def _wide_reverse_sweep(
+    matrix, row_now, row_before, x, col, col_before, y, partial, masses, begin, end, m, sharpness,
+    R: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`_reverse_sweep`, whose sums are left in `partial` and `masses`."""
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        now = tl.load(row_now + i, mask=i < end, other=_nothing(True))
+        before = tl.load(row_before + i, mask=i < end, other=_nothing(True))
+        dot = tl.zeros([R], tl.float32)
+        mass = tl.zeros([R], tl.float32)
+        for left in range(0, m, WIDTH):
+            j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+            cost = _cost(kept)
+            plan = _plan(cost, now, tl.load(col + j), sharpness, True)
+            dot += tl.sum(plan * tl.load(y + j)[None, :], 1)
+            mass += tl.sum(_plan(cost, now, tl.load(col_before + j), sharpness, True), 1)
+        x_now = tl.where(i < end, dot / mass, 0)
+        tl.store(x + i, x_now, mask=i < end)
+        for left in range(0, m, WIDTH):
+            j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+            cost = _cost(kept)
+            by = tl.load(col_before + j)
+            plan = _plan(cost, now, by, sharpness, True)
+            _add(partial + j, tl.sum(plan * x_now[:, None], 0), first > begin)
+            _add(masses + j, tl.sum(_plan(cost, before, by, sharpness, True), 0), first > begin)
+
+
+@triton.jit
+def _value(cost, vector, j, FORM: tl.constexpr):
+    """In double: C, C - the vector of the columns, or that vector in each row."""
+    value = cost.to(tl.float64)
+    if FORM == "vector":
+        value = tl.broadcast_to(tl.load(vector + j)[None, :], cost.shape)
+    elif FORM == "difference":
+        value -= tl.load(vector + j)[None, :]
+    return value
+
+
+@triton.jit
+def _wide_means(
+    matrix, row, cols, vector, first, end, m, sharpness,
+    R: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Row sums of T, and the means of `_value` under it."""
+    total = tl.zeros([R], tl.float64)
+    weighted = tl.zeros([R], tl.float64)
+    for left in range(0, m, WIDTH):
+        j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+        cost = _cost(kept)
+        plan = _plan(cost, row, tl.load(cols + j), sharpness, True).to(tl.float64)
+        total += tl.sum(plan, 1)
+        weighted += tl.sum(plan * _value(cost, vector, j, FORM), 1)
+    total = tl.where(first + tl.arange(0, R) < end, total, 1)
+    return total, weighted / total
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
+def _wide_softmax_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
+    rows, partial, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`_softmax_kernel`."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    if not here or begin >= n:
+        return
+    end = tl.minimum(begin + chunk, n)
+    if begin == 0:
+        tl.store(iterations + q, 0)
+    matrix = _matrix(similarity, offsets, q)
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        top = tl.full([R], float("-inf"), tl.float32)
+        argmax = tl.zeros([R], tl.int32)
+        for left in range(0, m, WIDTH):
+            j, s = _block(matrix, first, left, end, m, R, WIDTH)
+            s = tl.where((j < m)[None, :], s, float("-inf"))
+            largest = tl.max(s, 1)
+            first_largest = tl.min(tl.where(s == largest[:, None], j[None, :], COLS), 1)
+            argmax = tl.where(largest > top, first_largest, argmax)
+            top = tl.maximum(top, largest)
+        rest = tl.zeros([R], tl.float32)
+        for left in range(0, m, WIDTH):
+            j, s = _block(matrix, first, left, end, m, R, WIDTH)
+            others = (j < m)[None, :] & (j[None, :] != argmax[:, None])
+            rest += tl.sum(tl.where(others, tl.exp(s - top[:, None]), 0), 1)
+            rest += tl.sum(tl.where((j < m)[None, :], s - s, 0), 1)
+        for left in range(0, m, WIDTH):
+            j, s = _block(matrix, first, left, end, m, R, WIDTH)
+            exponential = tl.where((j < m)[None, :], tl.exp(s - top[:, None]), 0)
+            at_argmax = j[None, :] == argmax[:, None]
+            kept = tl.where(at_argmax, rest[:, None] * -1.0, exponential) / (1 + rest)[:, None]
+            _, at, mask = _entries(matrix, first, j, end, m, R)
+            tl.store(at, kept, mask=mask)
+        tl.store(rows + q * slots * width_n + i, tl.zeros([R], tl.float32), mask=i < end)
+    tl.debug_barrier()  # p is read back by other threads
+    part = q * tl.num_programs(1) + tl.program_id(1)
+    for left in range(0, m, WIDTH):
+        top = tl.full([R, WIDTH], float("-inf"), tl.float32)
+        for first in range(begin, end, R):
+            j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+            inside = (first + tl.arange(0, R) < end)[:, None]
+            top = tl.maximum(top, tl.where(inside, -sharpness * _cost(kept), float("-inf")))
+        col_top = tl.max(top, 0)
+        total = tl.zeros([R, WIDTH], tl.float32)
+        for first in range(begin, end, R):
+            j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+            exponent = -sharpness * _cost(kept) - col_top[None, :]
+            inside = (first + tl.arange(0, R) < end)[:, None]
+            total += tl.where(inside, tl.exp(exponent), 0)
+        j = left + tl.arange(0, WIDTH)
+        tl.store(partial + part * COLS + j, col_top + tl.log(tl.sum(total, 0)))
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
+def _wide_finish_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
+    rows, cols, partial, masses, losses, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """`_finish_kernel`."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    if not here or begin >= n:
+        return
+    end = tl.minimum(begin + chunk, n)
+    matrix = _matrix(similarity, offsets, q)
+    last = tl.load(iterations + q) % slots
+    rows += (q * slots + last) * width_n
+    cols += (q * slots + last) * COLS
+    part = q * tl.num_programs(1) + tl.program_id(1)
+    partial += part * COLS
+    masses += part * COLS
+    loss = tl.zeros([R], tl.float64)
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        row = tl.load(rows + i, mask=i < end, other=_nothing(True))
+        total, mean = _wide_means(
+            matrix, row, cols, cols, first, end, m, sharpness, R, WIDTH, "cost"
+        )  # fmt: skip
+        loss += tl.where(i < end, mean, 0)
+        if GRADIENT == "unrolled":
+            before = tl.load(rows - width_n + i, mask=i < end, other=_nothing(True))
+            for left in range(0, m, WIDTH):
+                j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+                cost = _cost(kept)
+                col = tl.load(cols + j)
+                plan = _plan(cost, row, col, sharpness, True) / (n * total)[:, None]
+                gbar = (plan * (cost - mean[:, None])).to(tl.float32)
+                _add(partial + j, tl.sum(gbar, 0), first > begin)
+                mass = _plan(cost, before, col, sharpness, True)
+                _add(masses + j, tl.sum(mass, 0), first > begin)
+        elif GRADIENT == "implicit":
+            for left in range(0, m, WIDTH):
+                j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+                plan = _plan(_cost(kept), row, tl.load(cols + j), sharpness, True)
+                _add(masses + j, tl.sum(plan, 0), first > begin)
+    tl.store(losses + part, (tl.sum(loss, 0) / n).to(tl.float32))
+
+
+@triton.jit
+def _wide_slope(
+    matrix, rows, cols, x, y, w, row, total, mean, first, left, n, m, end, last, width_n, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Of a block: entries, dL/dp from the row sums and means of `_wide_means`; addresses, mask."""
+    i = first + tl.arange(0, R)
+    j, kept = _block(matrix, first, left, end, m, R, WIDTH)
+    cost = _cost(kept)
+    col = tl.load(cols + last * COLS + j)
+    plan = _plan(cost, row, col, sharpness, True) / (n * total)[:, None]
+    slope = (-plan).to(tl.float32)
+    if GRADIENT == "implicit":
+        free = _value(cost, w, j, "difference")
+        slope += sharpness * (plan * (free - mean[:, None])).to(tl.float32)
+    elif GRADIENT == "unrolled":
+        bend = (plan * (cost - mean[:, None])).to(tl.float32)
+        bend = _add_history(
+            bend, cost, col, rows, cols, x, y, i, j, end, last, width_n, sharpness, COLS, True
+        )  # fmt: skip
+        slope += sharpness * bend
+    _, at, mask = _entries(matrix, first, j, end, m, R)
+    return kept, slope, at, mask
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots"])
+def _wide_gradient_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
+    rows, cols, x, y, w, weights, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """`_gradient_kernel`."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    begin = tl.program_id(1) * chunk
+    if not here or begin >= n:
+        return
+    end = tl.minimum(begin + chunk, n)
+    matrix = _matrix(similarity, offsets, q)
+    weight = tl.load(weights + q)
+    last = (tl.load(iterations + q) % slots).to(tl.int64)
+    rows += q * slots * width_n
+    cols += q * slots * COLS
+    if GRADIENT == "unrolled":
+        x += q * slots * width_n
+        y += q * slots * COLS
+    if GRADIENT == "implicit":
+        w += q * COLS
+    for first in range(begin, end, R):
+        i = first + tl.arange(0, R)
+        row = tl.load(rows + last * width_n + i, mask=i < end, other=_nothing(True))
+        total, mean = _wide_means(
+            matrix, row, cols + last * COLS, w, first, end, m, sharpness, R, WIDTH,
+            "difference" if GRADIENT == "implicit" else "cost",
+        )  # fmt: skip
+        # The softmax backward, relative to the argmax, whose p is all but 1 where it saturates.
+        at_peak = tl.zeros([R], tl.float32)
+        dot = tl.zeros([R], tl.float32)
+        rest = tl.zeros([R], tl.float32)
+        for left in range(0, m, WIDTH):
+            kept, slope, at, mask = _wide_slope(
+                matrix, rows, cols, x, y, w, row, total, mean, first, left, n, m, end, last,
+                width_n, sharpness, COLS, R, WIDTH, GRADIENT,
+            )  # fmt: skip
+            at_argmax = kept.to(tl.int32, bitcast=True) < 0
+            others = tl.where(at_argmax, 0, kept)
+            at_peak += tl.sum(tl.where(at_argmax, slope, 0), 1)
+            dot += tl.sum(others * slope, 1)
+            rest += tl.sum(others, 1)
+        expected = dot - at_peak * rest
+        for left in range(0, m, WIDTH):
+            kept, slope, at, mask = _wide_slope(
+                matrix, rows, cols, x, y, w, row, total, mean, first, left, n, m, end, last,
+                width_n, sharpness, COLS, R, WIDTH, GRADIENT,
+            )  # fmt: skip
+            p = tl.where(kept.to(tl.int32, bitcast=True) < 0, 1 + kept, kept)
+            slope = slope - at_peak[:, None] - expected[:, None]
+            tl.store(at, weight * p * slope, mask=mask)
+
+
+@triton.jit
+def _wide_schur(
+    matrix, rows, cols, vector, result, n, m, sharpness,
+    R: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """`_schur` into `result`."""
+    for first in range(0, n, R):
+        i = first + tl.arange(0, R)
+        row = tl.load(rows + i, mask=i < n, other=_nothing(True))
+        _, mean = _wide_means(matrix, row, cols, vector, first, n, m, sharpness, R, WIDTH, FORM)
+        for left in range(0, m, WIDTH):
+            j, kept = _block(matrix, first, left, n, m, R, WIDTH)
+            cost = _cost(kept)
+            plan = _plan(cost, row, tl.load(cols + j), sharpness, True).to(tl.float64)
+            value = _value(cost, vector, j, FORM) - mean[:, None]
+            _add(result + j, tl.sum(plan * value, 0), first > 0)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts"])
+def _wide_fixed_point_kernel(
+    similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots, max_parts,
+    rows, cols, masses, w, vectors, iterations, sharpness,
+    COLS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`_fixed_point_kernel`."""
+    q, n, m, here = _problem(shapes, order, small_n, small_m)
+    if not here:
+        return
+    matrix = _matrix(similarity, offsets, q)
+    slot = q * slots + tl.load(iterations + q) % slots
+    rows += slot * width_n
+    cols += slot * COLS
+    masses += q * max_parts * COLS
+    w += q * COLS
+    inverse = vectors + q * 4 * COLS  # of c
+    residual = inverse + COLS
+    direction = residual + COLS
+    product = direction + COLS
+    _wide_schur(matrix, rows, cols, w, residual, n, m, sharpness, R, WIDTH, "cost")
+    excess = tl.zeros([WIDTH], tl.float64)
+    mass = tl.zeros([WIDTH], tl.float64)
+    for left in range(0, m, WIDTH):
+        j = left + tl.arange(0, WIDTH)
+        excess += tl.load(residual + j)
+        mass += _sum_parts(masses, tl.cdiv(n, chunk), j, COLS, R)
+    # Solvable only without a component along the constants.
+    ratio = tl.sum(excess, 0) / tl.sum(mass, 0)
+    norms = tl.zeros([WIDTH], tl.float64)
+    tl.debug_barrier()
+    for left in range(0, m, WIDTH):
+        j = left + tl.arange(0, WIDTH)
+        c = _sum_parts(masses, tl.cdiv(n, chunk), j, COLS, R).to(tl.float64)
+        by = tl.where(c > 0, 1 / c, 0)
+        left_over = tl.load(residual + j) - c * ratio
+        tl.store(inverse + j, by)
+        tl.store(residual + j, left_over)
+        tl.store(direction + j, by * left_over)
+        tl.store(w + j, tl.zeros([WIDTH], tl.float64))
+        norms += by * left_over * left_over
+    norm = tl.sum(norms, 0)
+    enough = 1e-24 * norm
+    step = 0
+    while (norm > enough) & (step < 2 * m + 50):
+        tl.debug_barrier()
+        _wide_schur(matrix, rows, cols, direction, product, n, m, sharpness, R, WIDTH, "vector")
+        curvatures = tl.zeros([WIDTH], tl.float64)
+        for left in range(0, m, WIDTH):
+            j = left + tl.arange(0, WIDTH)
+            curvatures += tl.load(direction + j) * tl.load(product + j)
+        curvature = tl.sum(curvatures, 0)
+        length = tl.where(curvature > 0, norm / curvature, 0)
+        norms = tl.zeros([WIDTH], tl.float64)
+        for left in range(0, m, WIDTH):
+            j = left + tl.arange(0, WIDTH)
+            tl.store(w + j, tl.load(w + j) + length * tl.load(direction + j))
+            left_over = tl.load(residual + j) - length * tl.load(product + j)
+            tl.store(residual + j, left_over)
+            norms += tl.load(inverse + j) * left_over * left_over
+        next_norm = tl.where(curvature > 0, tl.sum(norms, 0), 0)
+        tl.debug_barrier()
+        for left in range(0, m, WIDTH):
+            j = left + tl.arange(0, WIDTH)
+            downhill = tl.load(inverse + j) * tl.load(residual + j)
+            tl.store(direction + j, downhill + next_norm / norm * tl.load(direction + j))
+        norm = next_norm
+        step += 1
+
+
 # ---- few problems: two launches an iteration, over blocks of columns and of rows
 
 
@@ -575,8 +963,8 @@ def _cols_kernel(
 def _rows_kernel(
     similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
     rows, cols, partial, errors, iterations, marginal_error, k, num_iters, tol, sharpness,
-    COLS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr,
-    STAGES: tl.constexpr,
+    COLS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    LOG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Ends a problem that converged in iteration k - 1, or k - 1 = num_iters; else f_k."""
     q, n, m, here = _problem(shapes, order, small_n, small_m)
@@ -591,15 +979,19 @@ def _rows_kernel(
                 tl.store(iterations + q, k - 1)
                 tl.store(marginal_error + q, error)
             return
-    j = tl.arange(0, COLS)
+    matrix = _matrix(similarity, offsets, q)
+    end = tl.minimum(begin + chunk, n)
     slot = q * slots + k % slots
-    col = tl.load(cols + slot * COLS + j)
-    total = _sweep(
-        _matrix(similarity, offsets, q), rows + slot * width_n, col,
-        begin, tl.minimum(begin + chunk, n), n, m, j, sharpness, R, LOG, STAGES,
-    )  # fmt: skip
-    part = q * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial + part * COLS + j, total)
+    rows += slot * width_n
+    cols += slot * COLS
+    partial += (q * tl.num_programs(1) + tl.program_id(1)) * COLS
+    if WIDTH < COLS:
+        _wide_sweep(matrix, rows, cols, partial, begin, end, n, m, sharpness, R, WIDTH)
+    else:
+        j = tl.arange(0, COLS)
+        col = tl.load(cols + j)
+        total = _sweep(matrix, rows, col, begin, end, n, m, j, sharpness, R, LOG, STAGES)
+        tl.store(partial + j, total)
 
 
 @triton.jit(do_not_specialize=["small_n", "small_m", "chunk", "slots", "max_parts", "step"])
@@ -627,7 +1019,8 @@ def _reverse_cols_kernel(
 def _reverse_rows_kernel(
     similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
     rows, cols, x, y, partial, masses, iterations, step, sharpness,
-    COLS: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, STAGES: tl.constexpr,
+    COLS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """x_{k-1}, k = iterations - step."""
     q, n, m, here = _problem(shapes, order, small_n, small_m)
@@ -635,18 +1028,30 @@ def _reverse_rows_kernel(
     k = tl.load(iterations + q) - step
     if not here or begin >= n or k < 2:
         return
-    j = tl.arange(0, COLS)
+    matrix = _matrix(similarity, offsets, q)
+    end = tl.minimum(begin + chunk, n)
     now = q * slots + k - 1
-    gbar, mass = _reverse_sweep(
-        _matrix(similarity, offsets, q), rows + now * width_n, rows + (now - 1) * width_n,
-        x + now * width_n, tl.load(cols + (now + 1) * COLS + j), tl.load(cols + now * COLS + j),
-        tl.load(y + (now + 1) * COLS + j),
-        begin, tl.minimum(begin + chunk, n), m, j, sharpness, R, LOG, STAGES,
-    )  # fmt: skip
+    rows += now * width_n
+    cols += now * COLS
+    x += now * width_n
+    y += (now + 1) * COLS
     part = q * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial + part * COLS + j, gbar)
-    if LOG:
-        tl.store(masses + part * COLS + j, mass)
+    partial += part * COLS
+    masses += part * COLS
+    if WIDTH < COLS:
+        _wide_reverse_sweep(
+            matrix, rows, rows - width_n, x, cols + COLS, cols, y, partial, masses,
+            begin, end, m, sharpness, R, WIDTH,
+        )  # fmt: skip
+    else:
+        j = tl.arange(0, COLS)
+        gbar, mass = _reverse_sweep(
+            matrix, rows, rows - width_n, x, tl.load(cols + COLS + j), tl.load(cols + j),
+            tl.load(y + j), begin, end, m, j, sharpness, R, LOG, STAGES,
+        )  # fmt: skip
+        tl.store(partial + j, gbar)
+        if LOG:
+            tl.store(masses + j, mass)
 
 
 # ---- configurations
@@ -654,7 +1059,7 @@ def _reverse_rows_kernel(
 # Columns of the tile that holds whole rows: its rows. 8 entries for a thread of 16 warps, at most
 # 128 registers.
 TILES = {128: 32, 256: 16, 512: 8, 1024: 4, 2048: 2, 4096: 1}
-MAX_COLS = max(TILES)
+WIDE = (4, 1024)  # rows and columns of the tiles of wider problems
 STAGES = 3  # tiles on their way from memory while one is worked on
 BLOCK = 128  # columns that a program of the column launches adds up
 PARTS = 32  # partial sums that it reads at a time
@@ -673,16 +1078,24 @@ def resources(kernel: Any) -> dict[str, int]:
     """Warps, and all the registers that a thread can have: ptxas would rather spill a few than not
     fit a second program. Doubles take two registers each: fewer threads.
     """
-    if kernel is _fixed_point_kernel:
+    if kernel in (_fixed_point_kernel, _wide_fixed_point_kernel):
         return {"num_warps": 8, "maxnreg": 255}
     return {"num_warps": 16, "maxnreg": 128}
 
 
+def columns(max_m: int) -> int:
+    """COLS for problems of up to so many columns: the width of a tile, or of several."""
+    fitting = [cols for cols in TILES if cols >= max_m]
+    return min(fitting) if fitting else max(triton.next_power_of_2(max_m), 2 * WIDE[1], BLOCK)
+
+
 def constants(cols: int, logarithmic: bool, gradient: str | None) -> dict[str, Any]:
     """What the kernels are compiled for, by argument."""
+    rows, width = (TILES[cols], cols) if cols in TILES else WIDE
     return {
         "COLS": cols,
-        "R": TILES[cols],
+        "WIDTH": width,
+        "R": rows,
         "LOG": logarithmic,
         "GRADIENT": gradient,
         "STAGES": STAGES,
@@ -719,25 +1132,23 @@ def solve(
     floor: problems within these rows and columns are skipped, as are those without rows or columns:
         nothing is written for either, so the outputs come filled with zeros.
     gradient: "none", "unrolled", "implicit" or "detached".
-
-    Raises ValueError where bounds[1] > MAX_COLS.
     """
     max_n, max_m = bounds
-    if max_m > MAX_COLS:
-        raise ValueError(f"bounds must have at most {MAX_COLS} columns, got {max_m}")
     problems = order.numel()
     if problems == 0 or max_n == 0 or max_m == 0:
         return
-    tile = min(cols for cols in TILES if cols >= max_m)
+    tile = columns(max_m)
+    wide = tile not in TILES
+    settings = constants(tile, wide or 1 / epsilon > LARGEST_SHARPNESS, gradient)
     # The implicit gradient's doubles need more registers than the other steps have.
-    whole = max_n * max_m <= WHOLE and gradient != "implicit"
+    whole = max_n * max_m <= WHOLE and gradient != "implicit" and not wide
     rows_each = max_n if whole else triton.cdiv(max_n * problems, PROGRAMS)
-    chunk = triton.cdiv(rows_each, TILES[tile]) * TILES[tile]
+    chunk = triton.cdiv(rows_each, settings["R"]) * settings["R"]
     parts = triton.cdiv(max_n, chunk)
     blocks = tile // BLOCK
     width_n = triton.cdiv(max_n, 16) * 16
-    one_program_each = problems >= MANY or max_n * max_m <= SMALL
-    unrolled = gradient == "unrolled"
+    one_program_each = (problems >= MANY or max_n * max_m <= SMALL) and not wide
+    unrolled, implicit = gradient == "unrolled", gradient == "implicit"
     slots = num_iters + 1 if unrolled else 2  # iteration k is in slot k % slots
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -760,7 +1171,8 @@ def solve(
         "cols": cols,
         "x": torch.empty_like(rows) if unrolled else None,
         "y": torch.empty_like(cols) if unrolled else None,
-        "w": scratch(problems, tile, dtype=torch.float64) if gradient == "implicit" else None,
+        "w": scratch(problems, tile, dtype=torch.float64) if implicit else None,
+        "vectors": scratch(problems, 4, tile, dtype=torch.float64) if implicit and wide else None,
         "partial": scratch(problems, parts, tile),
         "masses": scratch(problems, parts, tile),
         "losses": scratch(problems, parts),
@@ -772,7 +1184,6 @@ def solve(
         "tol": float(tol) if tol > 0 else -1.0,
         "sharpness": 1 / epsilon,
     }
-    settings = constants(tile, 1 / epsilon > LARGEST_SHARPNESS, gradient)
 
     def launch(kernel: Any, *grid: int, **more: int) -> None:
         launches[kernel.fn.__name__] += 1
@@ -784,14 +1195,14 @@ def solve(
         if whole:
             launch(_whole_kernel, problems)
             return
-        launch(_softmax_kernel, problems, parts)
+        launch(_wide_softmax_kernel if wide else _softmax_kernel, problems, parts)
         if one_program_each:
             launch(_iterate_kernel, problems)
         else:
             for k in range(1, num_iters + 2):
                 launch(_cols_kernel, problems, blocks, k=k)
                 launch(_rows_kernel, problems, parts, k=k)
-        launch(_finish_kernel, problems, parts)
+        launch(_wide_finish_kernel if wide else _finish_kernel, problems, parts)
         launch(_loss_kernel, problems)
         if gradient == "none":
             return
@@ -801,6 +1212,6 @@ def solve(
             for step in range(num_iters):
                 launch(_reverse_cols_kernel, problems, blocks, step=step)
                 launch(_reverse_rows_kernel, problems, parts, step=step)
-        elif gradient == "implicit":
-            launch(_fixed_point_kernel, problems)
-        launch(_gradient_kernel, problems, parts)
+        elif implicit:
+            launch(_wide_fixed_point_kernel if wide else _fixed_point_kernel, problems)
+        launch(_wide_gradient_kernel if wide else _gradient_kernel, problems, parts)

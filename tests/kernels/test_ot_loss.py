@@ -494,7 +494,8 @@ def test_operators_pass_opcheck(backend):
     x, y, p = (t.float().to(device_of(backend)) for t in direct.problem(9, 12, 8, 8))
     segments = torch.tensor([[0, 4], [4, 5]]), torch.tensor([[0, 12], [3, 0]])
     pairs = torch.tensor([[0, 0], [1, 0], [1, 1]])
-    problem = (x, y, *(t.to(x.device) for t in (*segments, pairs)))
+    index = torch.arange(8, -1, -1)  # of the tokens x: the last one first
+    problem = (x, y, *(t.to(x.device) for t in (index, torch.arange(12), *segments, pairs)))
     how = (0.3, 0.1, 5, 0.0, backend, 5, 12, 108, False)
     torch.library.opcheck(ot_loss._matmul, (y.half(), p.half(), torch.float32))
     torch.library.opcheck(ot_loss._ot_loss, (*problem, *how))
@@ -533,6 +534,12 @@ def test_the_choice_for_a_gpu_compiles_without_graph_breaks(dynamic):
 
     for size, cuda in [((64, 128), 0), ((512, 500), 1), ((65, 20), 1)]:
         assert (chosen(torch.zeros(size)) == cuda).all()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the choice is then another")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_a_gpu_takes_any_number_of_teacher_tokens(capability):
+    assert backends.choose(backends.Device("cuda", capability), 10, 100_000).backend == "triton"
 
 
 def test_memory_stays_with_a_few_matrices_a_thread():

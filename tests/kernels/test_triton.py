@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cot2align import fused_ot_loss
+from cot2align import fused_ot_loss, fused_ot_loss_varlen
 from cot2align.kernels import backends, native, reference, triton_streamed
 from cot2align.kernels import triton_sinkhorn as sinkhorn
 from tests.kernels import direct
@@ -45,14 +45,24 @@ def packed(lengths_x, lengths_z, pairs, width=6, spread=3.0):
     return spread * x, z, *segments, torch.tensor(pairs), torch.arange(1.0, len(pairs) + 1)
 
 
-def solve(tensors, dtype=torch.float32, bounds=None, entries=None, solver=None, **settings):
+def solve(
+    tensors,
+    dtype=torch.float32,
+    bounds=None,
+    entries=None,
+    solver=None,
+    indices=(None, None),
+    **settings,
+):
     """The solver's five outputs on the CPU; without `entries`, as if the host knew no length."""
     x, z, segments_x, segments_z, *_ = tensors
     how = {"scale": 0.4, "epsilon": 0.1, "num_iters": 4, "tol": 0.0, "gradient": "unrolled"}
     how |= {"need_x": True, "need_z": True, **settings}
     if solver is native.ot_loss:
         return solver(*tensors, **how)
-    on_device = [t.to(DEVICE) for t in (x.to(dtype), z.to(dtype), *tensors[2:])]
+    on_device = [
+        t if t is None else t.to(DEVICE) for t in (x.to(dtype), z.to(dtype), *indices, *tensors[2:])
+    ]
     if bounds is None:
         bounds = int(segments_x[:, 1].max()), int(segments_z[:, 1].max())
     sinkhorn.launches.clear()
@@ -137,6 +147,25 @@ def test_all_sizes_in_one_call(gradient):
 
 
 @runs
+@pytest.mark.parametrize("longest", [20, 70])
+def test_tokens_may_stand_in_any_order(longest):
+    tensors = packed([longest, 8], [17, 30], [(0, 0), (1, 1), (0, 1)])
+    want = solve(tensors)
+    for moved in ((True, False), (False, True), (True, True)):
+        sides = zip(tensors[:2], moved, strict=True)
+        indices = [torch.randperm(len(t)) if move else None for t, move in sides]
+        there = list(tensors)
+        for side, index in enumerate(indices):
+            if index is not None:
+                there[side] = torch.empty_like(tensors[side]).index_copy(0, index, tensors[side])
+        got = solve(there, indices=indices)
+        for side, index in enumerate(indices, 3):
+            if index is not None:
+                got[side] = got[side][index]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "m"), [(30, 20), (70, 20)])
 def test_16_bit_tokens(dtype, n, m):
@@ -201,21 +230,37 @@ def test_nothing_is_read_from_the_device(bounds, monkeypatch):
     monkeypatch.setattr(triton_streamed, "solve", lambda *_, **__: launched.append("solve"))
     tensors = [t.to("meta") for t in packed([20, 30], [25, 10], [(0, 0), (1, 1)])]
     how = {"scale": 1.0, "epsilon": 0.1, "num_iters": 5, "tol": 0.0, "gradient": "unrolled"}
-    sinkhorn.ot_loss(*tensors, bounds=bounds, **how, need_x=True, need_z=True)
+    how |= {"need_x": True, "need_z": True}
+    sinkhorn.ot_loss(*tensors[:2], None, None, *tensors[2:], bounds=bounds, **how)
     assert ("solve" in launched) == (bounds == (500, 500))
 
 
 @runs
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter works on the host")
-@pytest.mark.parametrize("longest", [30, 200])
-def test_no_synchronisation(longest):
-    tensors = packed([20, longest], [25, 10], [(0, 0), (1, 1)])
-    solve(tensors)
-    on_device = [t.cuda() for t in tensors]
-    how = {"scale": 1.0, "epsilon": 0.1, "num_iters": 5, "tol": 1e-3, "gradient": "unrolled"}
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("longest", [30, 200, 700])
+def test_no_synchronisation(longest, reduction):
+    """Of both public functions, forward and backward; the lengths are known to the host."""
+    x = torch.randn(2, longest, 8, device="cuda", requires_grad=True)
+    y, projection = torch.randn(2, 25, 6, device="cuda"), torch.randn(6, 8, device="cuda")
+    projection.requires_grad_()
+    mask = torch.rand(2, 25, device="cuda") < 0.5
+    weight = torch.ones((), device="cuda") if reduction == "mean" else torch.ones(2, device="cuda")
+    cu_x, cu_y = (torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (longest, 25))
+    on_device = {"cu_seqlens_student": cu_x.cuda(), "cu_seqlens_teacher": cu_y.cuda()}
+    on_device |= {"max_seqlen_student": longest, "max_seqlen_teacher": 25}
+
+    def run():
+        packed = x.flatten(0, 1), y.flatten(0, 1), projection
+        how = {"num_iters": 5, "tol": 1e-3, "reduction": reduction}
+        fused_ot_loss(x, y, projection, teacher_mask=mask, **how).backward(weight)
+        for lengths in (on_device, {"cu_seqlens_student": cu_x, "cu_seqlens_teacher": cu_y}):
+            fused_ot_loss_varlen(*packed, **lengths, **how).backward(weight)
+
+    run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sinkhorn.ot_loss(*on_device, bounds=(longest, 25), **how, need_x=True, need_z=True)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -225,6 +270,7 @@ def test_no_synchronisation(longest):
 TYPES = {
     **dict.fromkeys(("shapes", "order", "iterations"), "*i32"),
     **dict.fromkeys(("firsts", "offsets", "segments", "starts", "problems"), "*i64"),
+    **dict.fromkeys(("index_x", "index_z", "index_right", "index_output"), "*i64"),
     **dict.fromkeys(("weights", "gradient", "history", "loss", "marginal_error"), "*fp32"),
     **dict.fromkeys(("scale", "epsilon", "tol"), "fp32"),
     "similarity": "*fp32",
@@ -232,28 +278,38 @@ TYPES = {
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+IN_ORDER = dict.fromkeys(("index_x", "index_z", "index_right", "index_output"))
+
+
 def configurations(capability):
-    """Everything that `ot_loss` may launch: kernel, dtype, constants, (warps, stages, limits)."""
+    """What `ot_loss` may launch: kernel, dtype, constants, (warps, stages, limits)."""
     for dtype in NAMES:
         for gradient in ("none", "unrolled", "implicit", "detached"):
             for logarithmic in (False, True):
-                for tile in sinkhorn.tiles_for(gradient, logarithmic, capability // 10):
+                tiles = sinkhorn.tiles_for(gradient, logarithmic, capability // 10)
+                for tile in tiles:
                     constants = {
                         **{"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": sinkhorn.DEPTH[dtype]},
                         **{"LOG": logarithmic, "GRADIENT": gradient, "UPCAST": False},
                     }
-                    how = (tile.warps, sinkhorn.STAGES, ("dim",), tile.registers)
-                    yield sinkhorn._fused, dtype, constants, how
+                    how = (tile.warps, sinkhorn.STAGES, ("dim",), sinkhorn.registers(tile.warps))
+                    yield sinkhorn._fused, dtype, constants | IN_ORDER, how
+                    if tile == tiles[-1] and dtype == torch.bfloat16:
+                        yield sinkhorn._fused, dtype, constants, how
         block = sinkhorn.SIMILARITY[dtype]
+        how = (block.warps, block.stages, ("dim",), sinkhorn.registers(block.warps))
         constants = {"ROWS": block.rows, "COLS": block.cols, "DEPTH": block.depth, "UPCAST": False}
-        yield sinkhorn._similarity, dtype, constants, (block.warps, block.stages, ("dim",))
+        for some in (constants, constants | IN_ORDER):
+            yield sinkhorn._similarity, dtype, some, how
         block = sinkhorn.PRODUCTS[dtype]
+        how = (block.warps, block.stages, ("dim",), sinkhorn.registers(block.warps))
         for transposed in (False, True):
             constants = {
                 **{"ROWS": block.rows, "WIDTH": block.cols, "DEPTH": block.depth},
                 **{"TRANSPOSED": transposed, "RESCALE": dtype == torch.float16, "UPCAST": False},
             }
-            yield sinkhorn._products, dtype, constants, (block.warps, block.stages, ("dim",))
+            for some in (constants, constants | IN_ORDER):
+                yield sinkhorn._products, dtype, some, how
 
 
 def chosen(capability):
@@ -266,11 +322,13 @@ def chosen(capability):
         gradient, cols = constants.get("GRADIENT"), constants.get("COLS")
         if kernel is sinkhorn._fused:
             tiles = sinkhorn.tiles_for(gradient, constants["LOG"], capability // 10)
-            keep = (dtype == torch.bfloat16 and cols == tiles[-1].cols) and (
-                gradient == "unrolled" or (capability == 90 and gradient == "implicit")
+            keep = (
+                (dtype == torch.bfloat16 and cols == tiles[-1].cols)
+                and (gradient == "unrolled" or (capability == 90 and gradient == "implicit"))
+                and ("index_x" in constants) == (capability != 80)
             )
         else:
-            keep = capability == 90 and not constants.get("TRANSPOSED")
+            keep = capability == 90 and not constants.get("TRANSPOSED") and "index_x" in constants
         if keep:
             kept.append((kernel, dtype, constants, how))
     return kept
@@ -284,6 +342,7 @@ def test_compiles_without_spills(capability):
     for kernel, dtype, constants, how in chosen(capability):
         tokens = dict.fromkeys(("x", "z", "right"), f"*{NAMES[dtype]}")
         types = {**TYPES, **tokens, "output": f"*{NAMES[backends.gradient_dtype(dtype)]}"}
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         signature = {
             name: types.get(name, "i32") for name in kernel.arg_names if name not in constants
         }
