@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -125,6 +126,12 @@ class DistillConfig(TrainConfig):
         "teacher weights; auto: as saved",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    teacher_cache: str | None = setting(
+        None, "folder that `cache` wrote: the teacher's states are read from it, not computed"
+    )
+    teacher_cache_checksums: bool = setting(
+        False, "read the whole cache at the start and compare its checksums"
+    )
     alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
     kd: str = setting(
         "none",
@@ -215,6 +222,44 @@ class DistillConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
+class CacheConfig(TextConfig):
+    """Write a teacher's states of all texts to disk, for distill --teacher_cache."""
+
+    teacher: str = setting(help="teacher model: a folder or a hub name")
+    teacher_dtype: str = setting(
+        "auto",
+        "teacher weights; auto: as saved",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    train: str = setting(help="training rows, a JSON Lines file")
+    eval: str | None = setting(None, "further rows, a JSON Lines file")
+    output: str = setting(help="folder of the cache; must be empty or new unless --resume")
+    resume: bool = setting(
+        False, "keep the whole shards that the output folder holds, add what is missing"
+    )
+    texts: str = setting(
+        "both", "texts of a row that are cached", choices=("standard", "cot", "both")
+    )
+    max_prompt_length: int = setting(
+        256, "tokens a prompt may always keep; a longer one is cut in its input", at_least=4
+    )
+    batch_size: int = setting(16, "texts per forward pass", at_least=1)
+    cache_dtype: str = setting(
+        "bfloat16",
+        "the states on disk; int8: each element to 1/254 of its token's largest",
+        choices=("float32", "bfloat16", "float16", "int8"),
+    )
+    layers: list[str] = field(
+        default_factory=lambda: ["embed", "last"],
+        metadata=about("layers that distill can align: embed, last, or an index of hidden_states"),
+    )
+    tokens: str = setting(
+        "response", "positions that distill can align", choices=("response", "all")
+    )
+    shard_size: int = setting(256, "size of a file, MiB; a kill loses one at most", at_least=1)
+
+
+@dataclass(kw_only=True)
 class GenerationConfig(TextConfig):
     """Settings of everything that generates."""
 
@@ -258,6 +303,11 @@ class EvaluateConfig(GenerationConfig):
 # What has no effect, and when.
 _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
+    (
+        "teacher_cache is none",
+        lambda config: config.teacher_cache is None,
+        ("teacher_cache_checksums",),
+    ),
     ("kd is none", lambda config: config.kd == "none", ("divergence", "temperature")),
     ("kd is not mined", lambda config: config.kd != "mined", ("token_maps",)),
     ("kd is not dskd", lambda config: config.kd != "dskd", ("t2s_init",)),
@@ -353,6 +403,8 @@ def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Con
         elif typing.get_origin(hints[f.name]) is list:
             options["nargs"] = "*"
         parser.add_argument(f"--{f.name}", **options)
+    # --teacher-cache is --teacher_cache.
+    argv = [re.sub("^--[^=]+", lambda m: f"--{m[0][2:].replace('-', '_')}", word) for word in argv]
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):

@@ -358,14 +358,18 @@ def encode_rows(
     return examples, totals
 
 
-def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, Any]:
+def collate(
+    examples: Sequence[Example],
+    tokens: str = "response",
+    cached: Callable[[Sequence[Text], str], dict[str, torch.Tensor]] | None = None,
+) -> dict[str, Any]:
     """One batch: the texts of all rows, row by row, as `B` texts for each model.
 
     Returns {"student": model batch, "teacher": model batch (in distillation only), "text_rows": [B]
     row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows"}. See
     `model_batch`. With MinED the student's has an "alignment" of its R response tokens: int64
     "student" [A] and "teacher" [A], the aligned ones and their partners of the teacher's, and
-    "unaligned" [R - A].
+    "unaligned" [R - A]. cached: gives the teacher's "states", see `teacher.TeacherCache.states`.
     """
     texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
     batch: dict[str, Any] = {
@@ -378,6 +382,8 @@ def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, 
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:
         batch["teacher"] = model_batch(teacher_texts, tokens)
+        if cached is not None:
+            batch["teacher"]["states"] = cached(teacher_texts, tokens)
     alignments = [pair.alignment for _, pair in texts if pair.alignment is not None]
     if alignments:
         starts = batch["teacher"]["cu_responses"]

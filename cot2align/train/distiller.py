@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.cross_entropy import cross_entropy
+from cot2align.train.teacher import teacher_states
 from cot2align.train.token_states import TokenStates, token_states
 
 
@@ -87,7 +88,7 @@ class Distiller(nn.Module):
         metrics = {"token_accuracy": torch.stack([correct, torch.full_like(correct, num_tokens)])}
         if self.teacher is not None and teacher is not None:
             with torch.no_grad():
-                theirs = token_states(self.teacher, teacher, layers)
+                theirs = teacher_states(self.teacher, teacher, layers)
             distillation = torch.zeros_like(ce)
             if self.kd is not None:
                 kd = self.kd(ours, theirs)

@@ -81,6 +81,14 @@ def token_states(
         name: hidden_states[layer_index(name)].flatten(0, 1).index_select(0, batch["positions"])
         for name in dict.fromkeys([*layers, "last"])
     }
+    return packed_states(model, batch, packed)
+
+
+def packed_states(
+    model: PreTrainedModel, batch: dict[str, Any], packed: dict[str, Tensor]
+) -> TokenStates:
+    """TokenStates of a `data.model_batch` from its states: layer -> [T, d], with "last"; `model`
+    gives the head and the embedding table."""
     response = batch["response"]
     inputs = batch["input_ids"].flatten().index_select(0, batch["positions"])
     return TokenStates(
@@ -103,9 +111,8 @@ def layer_index(name: str) -> int:
     return NAMED_LAYERS[name] if name in NAMED_LAYERS else int(name)
 
 
-def check_layers(model: PreTrainedModel, layers: Sequence[str]) -> None:
-    """Raises UserError for a layer that `model` does not have."""
-    depth = model.config.get_text_config().num_hidden_layers
+def check_layers(depth: int, layers: Sequence[str]) -> None:
+    """Raises UserError for a layer that a model of `depth` layers does not have."""
     for name in layers:
         try:
             exists = -depth - 1 <= layer_index(name) <= depth

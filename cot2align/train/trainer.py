@@ -60,6 +60,7 @@ from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.losses.uld import uld
 from cot2align.train.models import Tokenizer, load_model, load_tokenizer, width
+from cot2align.train.teacher import TeacherCache, load_shell
 from cot2align.train.token_states import TokenStates, check_layers
 
 PROJECTIONS_FILE = "projections.safetensors"
@@ -87,9 +88,13 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     teacher_tokenizer = None
     same_tokens = False
     align = None
+    cache = None
     if isinstance(config, DistillConfig):
         student_tokenizer = load(config.student)
-        teacher_tokenizer = load(config.teacher)
+        if config.teacher_cache:
+            cache = TeacherCache(config.teacher_cache, checksums=config.teacher_cache_checksums)
+            cache.check(config)
+        teacher_tokenizer = load(config.teacher_cache or config.teacher)
         same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
         _check_backend(config, arguments.device)
     else:
@@ -109,6 +114,10 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
             align = TokenAligner(student_tokenizer, teacher_tokenizer, config.token_maps)
         examples, cuts = encode(rows, align=align)
         eval_examples = None if eval_rows is None else encode(eval_rows, align=align)[0]
+    if cache is not None:
+        cache.check_texts(rows, examples, config.texts, config.train)
+        if eval_rows and eval_examples and config.eval:
+            cache.check_texts(eval_rows, eval_examples, config.texts, config.eval)
     if main_process:
         rationales = sum(bool(row.rationale) for row in rows)
         print(f"{len(examples)} rows to train on, {rationales} with a rationale", flush=True)
@@ -123,6 +132,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         student_tokenizer,
         train_dataset=examples,
         eval_dataset=eval_examples,
+        cache=cache,
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -159,11 +169,14 @@ def build_distiller(
         return _prepared(config, Distiller(load(config.model, student_tokenizer, dtype="float32")))
     assert teacher_tokenizer is not None
     student = load(config.student, student_tokenizer, dtype="float32")
-    teacher = load(config.teacher, teacher_tokenizer, dtype=config.teacher_dtype)
+    if config.teacher_cache:
+        teacher = load_shell(Path(config.teacher_cache), config.trust_remote_code)
+    else:
+        teacher = load(config.teacher, teacher_tokenizer, dtype=config.teacher_dtype)
     cross_cot = None
     if config.ot:
         for model in (student, teacher):
-            check_layers(model, config.layers)
+            check_layers(model.config.get_text_config().num_hidden_layers, config.layers)
         # After the seed and before anything else random, so that a run is its config.
         cross_cot = CrossCoT(
             width(student),
@@ -307,6 +320,7 @@ class DistillTrainer(Trainer):
         *,
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example] | None = None,
+        cache: TeacherCache | None = None,
     ):
         self.config = config
         self.student_tokenizer = tokenizer
@@ -320,6 +334,7 @@ class DistillTrainer(Trainer):
             data_collator=partial(
                 collate,
                 tokens=config.tokens if isinstance(config, DistillConfig) else "response",
+                cached=None if cache is None else cache.states,
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

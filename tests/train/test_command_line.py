@@ -14,7 +14,13 @@ import yaml
 
 from cot2align.train import config as config_module
 from cot2align.train.__main__ import COMMANDS, main
-from cot2align.train.config import AugmentConfig, DistillConfig, EvaluateConfig, SFTConfig
+from cot2align.train.config import (
+    AugmentConfig,
+    CacheConfig,
+    DistillConfig,
+    EvaluateConfig,
+    SFTConfig,
+)
 from tests.conftest import cli, sample_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +78,9 @@ def test_help_in_under_a_second(command: str) -> None:
     assert cpu_seconds_of_children() - start < 1
 
 
-@pytest.mark.parametrize("cls", [SFTConfig, AugmentConfig, DistillConfig, EvaluateConfig])
+@pytest.mark.parametrize(
+    "cls", [SFTConfig, AugmentConfig, CacheConfig, DistillConfig, EvaluateConfig]
+)
 def test_help_names_every_setting_and_the_resolved_config_reads_back(cls, capsys, tmp_path):
     with pytest.raises(SystemExit):
         config_module.parse_command_line(cls, "prog", ["--help"])
