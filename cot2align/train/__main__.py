@@ -16,6 +16,7 @@ from cot2align.train.config import UserError, nearest, parse_command_line
 COMMANDS = {
     "sft": ("fine-tune a model", "config:SFTConfig", "trainer"),
     "augment": ("let the teacher write a rationale per row", "config:AugmentConfig", "augment"),
+    "check": ("what a run needs, before it is paid for", "config:CheckConfig", "check"),
     "cache": ("write a teacher's states, for distill", "config:CacheConfig", "teacher"),
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
     "evaluate": ("generate for test rows and score", "config:EvaluateConfig", "evaluate"),

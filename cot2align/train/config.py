@@ -222,6 +222,25 @@ class DistillConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
+class CheckConfig(DistillConfig):
+    """What a run needs, before it is paid for: takes the config file of distill or of sft."""
+
+    student: str = setting("", "student model: a folder or a hub name")
+    teacher: str = setting("", "teacher model: a folder or a hub name")
+    model: str = setting("", "of sft: the model to fine-tune, in place of student and teacher")
+    output: str = setting("unused", "output folder of the run; not touched")
+    processes: int = setting(1, "data-parallel processes of the run", at_least=1)
+    dry_run: bool = setting(True, "run and time two steps on a largest batch")
+
+    def checked(self) -> SFTConfig | DistillConfig:
+        """The config of the run. Raises UserError where it is that of neither command."""
+        if bool(self.model) == bool(self.student and self.teacher):
+            raise UserError("check needs either model, or student and teacher")
+        cls = SFTConfig if self.model else DistillConfig
+        return cls(**{f.name: getattr(self, f.name) for f in dataclasses.fields(cls)})
+
+
+@dataclass(kw_only=True)
 class CacheConfig(TextConfig):
     """Write a teacher's states of all texts to disk, for distill --teacher_cache."""
 
