@@ -39,11 +39,22 @@ from transformers.utils import logging as transformers_logging
 
 from cot2align.train import token_states
 from cot2align.train.config import CheckConfig, DistillConfig, SFTConfig, UserError, without_effect
-from cot2align.train.data import Cuts, Example, Row, TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.data import (
+    Cuts,
+    Example,
+    Row,
+    Text,
+    TextEncoder,
+    collate,
+    encode_rows,
+    model_batch,
+    read_rows,
+)
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.mined import TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.models import Tokenizer, body_states, load_tokenizer, width
 from cot2align.train.teacher import TeacherCache
+from cot2align.train.token_states import model_inputs
 from cot2align.train.trainer import (
     DistillTrainer,
     build_distiller,
@@ -58,15 +69,18 @@ SAMPLE = 1000  # rows that tokens per character are counted on
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A batch as memory sees it: texts, padded lengths, packed and response tokens of each side."""
+    """A batch as memory sees it: texts and, of each side, the padded length, all tokens, those
+    whose states are packed, and the response's."""
 
     texts: int
     length: int
+    everything: int
     tokens: int
     responses: int
-    teacher_length: int = 0
-    teacher_tokens: int = 0
-    teacher_responses: int = 0
+    teacher_length: int
+    teacher_everything: int
+    teacher_tokens: int
+    teacher_responses: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +186,10 @@ def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dic
     found["gradient_accumulation"] = rows_per_step // max(fitting, default=1)
     if steps:
         batch = collate(
-            largest(examples, config.batch_size),
+            largest(examples, config.batch_size, config.padding_free),
             predict.tokens,
-            None if cache is None else cache.states,
+            packed=config.padding_free,
+            cached=None if cache is None else cache.states,
         )
         found["dry_run"], found["used"] = _dry_run(trainer, batch, steps)
         epochs = len(examples) / (rows_per_step * processes) * config.epochs
@@ -260,18 +275,23 @@ class _Predictor:
         distills = isinstance(trainer.config, DistillConfig)
         self.tokens: str = self.config.tokens if distills else "response"
         self.cached = distills and self.config.teacher_cache is not None
-        longest = shape(largest(examples, 1), self.tokens)
+        longest = shape(largest(examples, 1))
         self.student_run = self._measured(self.distiller.student, longest.length, True)
-        self.teacher_run: Callable[[int, int], list[int]] = lambda texts, length: [0]
+        self.teacher_run: Callable[[int, float], list[int]] = lambda texts, length: [0]
         if self.distiller.teacher is not None and not self.cached:
             self.teacher_run = self._measured(self.distiller.teacher, longest.teacher_length, False)
 
     def __call__(self, batch_size: int) -> Memory:
-        size = shape(largest(self.examples, batch_size), self.tokens)
+        size = shape(largest(self.examples, batch_size, self.config.padding_free), self.tokens)
         student, teacher = self.distiller.student, self.distiller.teacher
         projections = [*self.distiller.projection_parameters().values()]
         trained = _bytes(p for p in (*student.parameters(), *projections) if p.requires_grad)
-        activations, recomputed = self.student_run(size.texts, size.length)
+        ours, theirs = (
+            ((2, size.everything / 2), (2, size.teacher_everything / 2))
+            if self.config.padding_free
+            else ((size.texts, size.length), (size.texts, size.teacher_length))
+        )
+        activations, recomputed = self.student_run(*ours)
         items = {
             "student weights": _bytes((*student.parameters(), *student.buffers())),
             "teacher weights": _bytes((*teacher.parameters(), *teacher.buffers()))
@@ -281,7 +301,7 @@ class _Predictor:
             "gradients": trained * (2 if self.processes > 1 else 1),
             "optimizer": 2 * trained,
             "activations": activations + recomputed,
-            "teacher run": self.teacher_run(size.texts, size.teacher_length)[0],
+            "teacher run": self.teacher_run(*theirs)[0],
             "logits": 0,
             "OT": 0,
         }
@@ -291,10 +311,10 @@ class _Predictor:
         packed = 4 * width(student) * size.tokens
         if teacher is not None:
             layers = len({"last", *(self.config.layers if self.config.ot else ())})
-            theirs = layers * teacher.dtype.itemsize * width(teacher) * size.teacher_tokens
-            packed += theirs
+            states = layers * teacher.dtype.itemsize * width(teacher) * size.teacher_tokens
+            packed += states
             if self.cached:
-                items["teacher run"] = theirs
+                items["teacher run"] = states
         # DDP keeps its buckets; gradients outlive a step's first backward passes.
         buckets = trained if self.processes > 1 else 0
         held = trained if self.config.gradient_accumulation > 1 else 0
@@ -336,7 +356,7 @@ class _Predictor:
 
     def _measured(
         self, model: PreTrainedModel, longest: int, trains: bool
-    ) -> Callable[[int, int], list[int]]:
+    ) -> Callable[[int, float], list[int]]:
         """(texts, length) -> bytes: what a forward pass that trains leaves, and what its backward
         pass adds at most (checkpoints are computed again), without gradients of weights; else the
         most in a forward pass that does not train."""
@@ -346,15 +366,16 @@ class _Predictor:
         trained = [p for p in known if p.requires_grad][:1]
         found = []
         for length in lengths:
-            ids = torch.zeros(2, length, dtype=torch.int64, device=self.trainer.args.device)
-            mask = torch.ones_like(ids)
-            mask[1, -1] = 0  # so that the attention's mask is made, as in any batch
+            # Two lengths, so that the attention's mask is made, as in any batch.
+            texts = [Text([0] * n, 1) for n in (length, length - 1)]
+            batch = model_batch(texts, packed=self.config.padding_free)
+            inputs = self.trainer._prepare_inputs(model_inputs(batch))
             with (
                 torch.set_grad_enabled(trains),
-                CountedBytes([*known, ids, mask]) as counted,
+                CountedBytes([*known, *inputs.values()]) as counted,
             ):
                 with self.trainer.compute_loss_context_manager():
-                    last = body_states(model, ids, mask)[-1]
+                    last = body_states(model, **inputs)[-1]
                 if not trains:
                     found.append([counted.peak])
                     continue
@@ -366,7 +387,7 @@ class _Predictor:
         powers = torch.tensor(lengths, dtype=torch.float64)[:, None] ** torch.arange(3)
         fit = torch.linalg.solve(powers, torch.tensor(found, dtype=torch.float64))
 
-        def of(texts: int, length: int) -> list[int]:
+        def of(texts: int, length: float) -> list[int]:
             parts = torch.tensor([1, texts / 2 * length, texts / 2 * length**2]).double()
             return [max(0, round(value)) for value in (parts @ fit).tolist()]
 
@@ -382,23 +403,27 @@ def shape(examples: Sequence[Example], tokens: str = "response") -> Shape:
         length = max((len(text.ids) for text in present), default=0)
         responses = sum(len(text.response_ids) for text in present)
         everything = sum(len(text.ids) for text in present)
-        sides.append((length, everything if tokens == "all" else responses, responses))
+        sides.append((length, everything, everything if tokens == "all" else responses, responses))
     return Shape(len(texts), *sides[0], *sides[1])
 
 
-def largest(examples: Sequence[Example], batch_size: int) -> list[Example]:
-    """Of the batches of one shuffled epoch, that with the most padded tokens."""
+def largest(
+    examples: Sequence[Example], batch_size: int, padding_free: bool = False
+) -> list[Example]:
+    """Of the batches of one shuffled epoch, that with the most tokens, padding counted or not."""
     order = random.Random(0).sample(range(len(examples)), len(examples))
     batches = (
         [examples[i] for i in order[first : first + batch_size]]
         for first in range(0, len(order), batch_size)
     )
 
-    def padded(batch: Sequence[Example]) -> int:
+    def tokens(batch: Sequence[Example]) -> int:
         of = shape(batch)
+        if padding_free:
+            return of.everything + of.teacher_everything
         return of.texts * (of.length + of.teacher_length)
 
-    return max(batches, key=padded)
+    return max(batches, key=tokens)
 
 
 def _dry_run(

@@ -90,6 +90,10 @@ class TrainConfig(TextConfig):
     epochs: float = setting(10.0, "passes over the training rows", above=0)
     max_steps: int | None = setting(None, "optimizer steps; beats epochs", at_least=1)
     batch_size: int = setting(8, "rows per process and forward pass", at_least=1)
+    padding_free: bool = setting(
+        False, "pack the texts of a batch into one sequence, where the attention keeps them apart"
+    )
+    group_by_length: bool = setting(False, "rows of like length in a step: less padding")
     gradient_accumulation: int = setting(1, "forward passes per optimizer step", at_least=1)
     eval_batch_size: int = setting(8, "rows per process when evaluating", at_least=1)
     learning_rate: float = setting(5e-4, "peak learning rate of the student", above=0)

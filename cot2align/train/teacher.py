@@ -58,6 +58,7 @@ from cot2align.train.token_states import (
     TokenStates,
     check_layers,
     layer_index,
+    model_inputs,
     packed_states,
     token_states,
 )
@@ -103,9 +104,7 @@ def embedding_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
     handle = _layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
+        model.base_model(**model_inputs(batch), use_cache=False)
     except _Entered as entered:
         return entered.states
     finally:
@@ -514,7 +513,7 @@ def _write_shell(
 
     facts["teacher_dtype"] = str(model.dtype).removeprefix("torch.")
     shell = load_shell(folder, facts["trust_remote_code"]).to(model.device)  # type: ignore[arg-type]
-    states = body_states(model, batch["input_ids"], batch["attention_mask"])
+    states = body_states(model, **model_inputs(batch))
     places = batch["attention_mask"].bool()
     last = states[-1][places]
     if not torch.equal(lm_logits(shell, last), lm_logits(model, last)):

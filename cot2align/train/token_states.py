@@ -76,12 +76,18 @@ def token_states(
     model: PreTrainedModel, batch: dict[str, Any], layers: Sequence[str] = ()
 ) -> TokenStates:
     """One forward pass of `model` over a `data.model_batch`."""
-    hidden_states = body_states(model, batch["input_ids"], batch["attention_mask"])
+    hidden_states = body_states(model, **model_inputs(batch))
     packed = {
         name: hidden_states[layer_index(name)].flatten(0, 1).index_select(0, batch["positions"])
         for name in dict.fromkeys([*layers, "last"])
     }
     return packed_states(model, batch, packed)
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What of a `data.model_batch` goes into the model."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch}
 
 
 def packed_states(

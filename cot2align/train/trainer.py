@@ -24,13 +24,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -51,7 +51,14 @@ from cot2align.train.config import (
     to_yaml,
     without_effect,
 )
-from cot2align.train.data import Example, TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.data import (
+    Example,
+    LengthSampler,
+    TextEncoder,
+    collate,
+    encode_rows,
+    read_rows,
+)
 from cot2align.train.distiller import Distiller
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
@@ -59,7 +66,7 @@ from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.losses.uld import uld
-from cot2align.train.models import Tokenizer, load_model, load_tokenizer, width
+from cot2align.train.models import Tokenizer, check_packing, load_model, load_tokenizer, width
 from cot2align.train.teacher import TeacherCache, load_shell
 from cot2align.train.token_states import TokenStates, check_layers
 
@@ -334,6 +341,7 @@ class DistillTrainer(Trainer):
             data_collator=partial(
                 collate,
                 tokens=config.tokens if isinstance(config, DistillConfig) else "response",
+                packed=config.padding_free,
                 cached=None if cache is None else cache.states,
             ),
             train_dataset=train_dataset,
@@ -343,6 +351,16 @@ class DistillTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(Progress())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if not self.config.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        examples = cast(Sequence[Example], self.train_dataset)
+        lengths = [max(len(pair.student.ids) for pair in example.texts) for example in examples]
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # Not by set_epoch, which does not reach it when two processes resume within an epoch.
+        return LengthSampler(lengths, rows, args.seed, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Student: decayed and undecayed parameters; projections: decayed, with their own rate."""
@@ -597,7 +615,12 @@ def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:
     )
 
 
-def _prepared(config: TrainConfig, distiller: Distiller) -> Distiller:
+def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distiller:
+    if config.padding_free:
+        name = config.student if isinstance(config, DistillConfig) else config.model
+        check_packing(distiller.student, name)
+        if isinstance(config, DistillConfig) and distiller.teacher and not config.teacher_cache:
+            check_packing(distiller.teacher, config.teacher)
     if config.gradient_checkpointing:
         student = distiller.student
         # transformers renamed the method in 5.x and warns about the old name.

@@ -65,6 +65,12 @@ def test_gradient_checkpointing(unbroken, settings, tmp_path) -> None:
     assert_same(log_of(tmp_path / "recomputed"), unbroken)
 
 
+def test_padding_free(unbroken, settings, tmp_path) -> None:
+    packed = {**settings, "padding_free": "true"}
+    assert cli("distill", output=tmp_path / "packed", **packed) == 0
+    assert_same(log_of(tmp_path / "packed"), unbroken)
+
+
 def test_two_processes(unbroken, settings, tmp_path) -> None:
     divided = {
         **settings,
