@@ -54,6 +54,7 @@ def large(workspace, tmp_path_factory) -> dict[str, str]:
 RUNS = {
     "sft": {"batch_size": 8, "gradient_checkpointing": True},
     "uld": {"batch_size": 4, "kd": "uld"},
+    "packed": {"batch_size": 4, "padding_free": True},
     "accumulated": {"batch_size": 1, "gradient_accumulation": 2, "teacher_dtype": "bfloat16"},
 }
 
@@ -64,7 +65,7 @@ def settings_of(name: str, large: dict, **changed) -> dict:
         **large, "max_length": 256, "max_prompt_length": 160, "max_steps": 2, "device": "cpu",
         **RUNS[name], **changed,
     }  # fmt: skip
-    if name == "sft":
+    if name in ("sft", "packed"):
         settings["model"] = settings.pop("student")
         settings.pop("teacher")
     return settings
