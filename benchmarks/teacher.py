@@ -2,8 +2,8 @@
 
     python -m benchmarks.teacher [--rows N] [--steps N] [--layers N] [--width N]
 
-The rows, the tokenizers and the student are the demo's, the teacher is a wider Llama with random
-weights, bfloat16. Each way trains in a process of its own (Linux), by the command `distill`.
+Rows and student are like the demo's, the teacher is a wide Llama with random weights, in bfloat16;
+the tokenizers differ. Each way trains in a process of its own (Linux), by the command `distill`.
 Seconds a step are the run's, with everything in it; the peak is the process's resident memory, less
 that of a process that has imported the same modules. Reading is the time to gather the cached
 states of a step.
@@ -19,33 +19,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from cot2align.train import teacher, trainer
-from cot2align.train.config import CacheConfig, DistillConfig, build
+from cot2align.train import arithmetic, new_model, teacher, trainer
+from cot2align.train.config import CacheConfig, DistillConfig, NewModelConfig, build
 from cot2align.train.data import TextEncoder, encode_rows, read_rows
-from cot2align.train.demo import MAX_LENGTH, DemoConfig, prepare, stages
 from cot2align.train.models import load_tokenizer
 
+MAX_LENGTH = 128
+TEXTS = {"prompt_format": "raw", "max_length": MAX_LENGTH, "max_prompt_length": 64, "device": "cpu"}
 
-def make_teacher(folder: Path, layers: int, width: int) -> int:
-    """A random Llama with the demo teacher's tokenizer, bfloat16; returns its parameters."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "models" / "teacher")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            max_position_embeddings=MAX_LENGTH,
-            pad_token_id=tokenizer.pad_token_id,
+
+def make_pair(folder: Path, rows: int, layers: int, width: int) -> int:
+    """Write rows, a student and a teacher; returns the teacher's parameters."""
+    made = arithmetic.rows(0, {"train": rows, "validation": 1, "test": 1})["train"]
+    train = folder / "train.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in made))
+    common = {"data": str(train), "max_length": MAX_LENGTH, "prompt_format": "raw"}
+    student = {"shape": "gpt2", "pieces": 380, "width": 96, "layers": 3}
+    teacher = {"shape": "llama", "tokenizer": "words", "width": width, "layers": layers,
+               "heads": width // 64}  # fmt: skip
+    for name, shape in (("student", student), ("teacher", teacher)):
+        result = new_model.run(
+            build(NewModelConfig, {**common, **shape, "output": str(folder / name)})
         )
-    ).bfloat16()
-    model.save_pretrained(folder / "big")
-    tokenizer.save_pretrained(folder / "big")
-    return sum(parameter.numel() for parameter in model.parameters())
+    return result["parameters"]
 
 
 def mebibytes(field: str) -> float:
@@ -66,7 +62,7 @@ def train(settings: dict[str, Any], folder: Path) -> None:
 
 def reading(settings: dict[str, Any], cache: Path) -> float:
     """Seconds to gather the states of one step, the mean over all rows."""
-    config = build(DistillConfig, settings)
+    config = build(DistillConfig, {**settings, "output": "unused"})
     encoders = [
         TextEncoder(
             load_tokenizer(name),
@@ -94,21 +90,24 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     options = parser.parse_args()
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        demo = DemoConfig(output=name, train_rows=options.rows, test_rows=1, device="cpu")
-        prepare(demo, folder)
-        parameters = make_teacher(folder, options.layers, options.width)
-        (stage,) = (stage for stage in stages(demo, folder) if stage.command == "distill")
+        parameters = make_pair(folder, options.rows, options.layers, options.width)
+        cache = {
+            **TEXTS,
+            "teacher": str(folder / "teacher"),
+            "teacher_dtype": "bfloat16",
+            "train": str(folder / "train.jsonl"),
+        }
         settings = {
-            **stage.settings,
-            "teacher": str(folder / "big"),
+            **cache,
+            "student": str(folder / "student"),
+            "batch_size": 16,
             "max_steps": options.steps,
             "save_steps": 1000,
+            "ot_norm": "rms",
         }
-        names = ("teacher", "train", "prompt_format", "max_length", "max_prompt_length", "device")
-        cache = {name: settings[name] for name in names} | {"output": str(folder / "cache")}
+        cache["output"] = str(folder / "cache")
         made = teacher.run(build(CacheConfig, cache))
 
         took = {}

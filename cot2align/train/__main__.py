@@ -1,26 +1,39 @@
-"""The command line: `python -m cot2align.train COMMAND --config FILE [--key value]...`.
+"""The command line: `python -m cot2align.train COMMAND [FILE] [--key value]...`.
 
 A command is a config class and a `run(config)`, each imported only when it is asked for, so that
-`--help` needs no torch. A user's mistake is one line on stderr and exit code 2, never a traceback.
+`--help` needs no torch. A user's mistake, or a disk that takes no more, is one line on stderr and
+exit code 2, never a traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from cot2align.train.config import UserError, nearest, parse_command_line
 
 # command: (what it does, module and class of its config, module of its run)
 COMMANDS = {
+    "prepare": ("make rows from a published data set", "config:PrepareConfig", "prepare"),
     "sft": ("fine-tune a model", "config:SFTConfig", "trainer"),
     "augment": ("let the teacher write a rationale per row", "config:AugmentConfig", "augment"),
     "check": ("what a run needs, before it is paid for", "config:CheckConfig", "check"),
     "cache": ("write a teacher's states, for distill", "config:CacheConfig", "teacher"),
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
     "evaluate": ("generate for test rows and score", "config:EvaluateConfig", "evaluate"),
+    "run": ("a whole study from one recipe, to one table", "config:RecipeConfig", "recipe"),
+    "new-model": ("an untrained small model from rows", "config:NewModelConfig", "new_model"),
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),
+}
+# A disk that is full or a place that may not be written, whoever tried.
+WRITE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 PROG = "python -m cot2align.train"
 
@@ -28,19 +41,24 @@ PROG = "python -m cot2align.train"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    config: Any = None
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_usage())
             return 0 if argv else 2
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
-        _, config_class, run_module = COMMANDS[argv[0]]
-        config_module, class_name = config_class.split(":")
-        cls = getattr(importlib.import_module(f"cot2align.train.{config_module}"), class_name)
-        config = parse_command_line(cls, f"{PROG} {argv[0]}", argv[1:])
-        importlib.import_module(f"cot2align.train.{run_module}").run(config)
+        config = parse_command_line(config_class(argv[0]), f"{PROG} {argv[0]}", argv[1:])
+        run_module(argv[0]).run(config)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        reason = _write_failure(error, getattr(config, "output", "output"))
+        if reason is None:
+            raise
+        # On a line of its own, after a progress bar that was cut short.
+        print(f"\nerror: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -50,8 +68,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def config_class(command: str) -> Any:
+    """The dataclass of a command's settings."""
+    module, name = COMMANDS[command][1].split(":")
+    return getattr(importlib.import_module(f"cot2align.train.{module}"), name)
+
+
+def run_module(command: str) -> Any:
+    """The module whose `run(config)` is the command."""
+    return importlib.import_module(f"cot2align.train.{COMMANDS[command][2]}")
+
+
+def _write_failure(error: Exception, output: str) -> str | None:
+    """The line for a write that the disk or its permissions refused, whichever library tried."""
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        return f"{error.filename or output}: {error.strerror}"
+    code = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+    if code and int(code[1]) in WRITE_ERRORS:
+        return f"{output}: {os.strerror(int(code[1]))}"
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch.save
+        return f"{output}: a checkpoint cannot be written; is the disk full?"
+    return None
+
+
 def _usage() -> str:
-    lines = [f"usage: {PROG} COMMAND --config FILE [--key value]...", "", "commands:"]
+    lines = [f"usage: {PROG} COMMAND [FILE] [--key value]...", "", "commands:"]
     lines += [f"  {name:<10}{what}" for name, (what, _, _) in COMMANDS.items()]
     return "\n".join([*lines, "", f"{PROG} COMMAND --help lists a command's settings."])
 

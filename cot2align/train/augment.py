@@ -35,7 +35,7 @@ def run(config: AugmentConfig) -> dict[str, Any]:
     rows = read_rows(config.data)
     done = _open_output(config, rows)
     transformers_logging.set_verbosity_error()
-    generator = Generator(config)
+    generator = Generator.load(config)
     asked = [row for row in rows if row.input or not config.only_with_input]
     prompts, cut = generator.prompts(asked, is_cot=True)
     if cut:
@@ -54,7 +54,7 @@ def run(config: AugmentConfig) -> dict[str, Any]:
             texts = generator.generate([prompts[i] for i in batch], config.seed, config.temperature)
             for i, text in zip(batch, texts, strict=True):
                 if asked[i].id not in done:
-                    done[asked[i].id] = _write(file, asked[i], rationale_of(text))
+                    done[asked[i].id] = _write(file, asked[i], rationale_of(text.text))
             generated += len(missing)
             progress.update(len(missing))
         for row in rows:

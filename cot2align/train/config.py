@@ -4,7 +4,9 @@ A setting is a dataclass field made by `setting(...)`: its default, its help wit
 range. From these come the `--help` texts, the type checks, and the errors that offer the nearest
 name. The command line beats the YAML file. Relative paths are taken as given.
 
-There is no nesting, no interpolation and no inheritance between files; nothing here imports torch.
+A file may begin from another with `base: FILE` (relative to itself, one level deep): its own
+settings beat the base's, key by key. There is no interpolation, and nesting in recipes only.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -63,7 +65,11 @@ def setting(default: Any = dataclasses.MISSING, help: str = "", **limits: Any) -
 class TextConfig:
     """Settings of everything that reads rows and models."""
 
-    prompt_format: str = setting("alpaca", "prompt template", choices=("alpaca", "short"))
+    prompt_format: str = setting(
+        "paper",
+        "the paper's Figure 3, each model's own chat template, or the row's words alone",
+        choices=("paper", "chat", "raw"),
+    )
     max_length: int = setting(512, "prompt and response together, tokens", at_least=8)
     trust_remote_code: bool = setting(
         False, "run code that comes with a model folder; off unless you trust its author"
@@ -105,11 +111,58 @@ class TrainConfig(TextConfig):
     max_grad_norm: float = setting(1.0, "gradient clipping norm; 0 = off", at_least=0)
     seed: int = setting(10, "seed of initialisation, order and dropout", at_least=0)
     bf16: bool = setting(False, "mixed precision with bfloat16; the losses stay float32")
+    fp16: bool = setting(
+        False, "mixed precision with float16 and a loss scale; heads and losses float32; on a GPU"
+    )
+    attn_implementation: str | None = setting(
+        None,
+        "attention of student and teacher; none: the model's own choice",
+        choices=("sdpa", "eager", "flash_attention_2"),
+    )
+    torch_compile: bool = setting(False, "compile the student's body; needs a C++ compiler")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass")
     logging_steps: int = setting(10, "optimizer steps between two log entries", at_least=1)
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
     eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
     checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+    report_to: list[str] = field(
+        default_factory=list, metadata=about("trackers, by transformers' names; empty: none")
+    )
+    on_nan: str = setting(
+        "stop",
+        "a loss or gradient that is not finite stops the run, or its step is skipped",
+        choices=("stop", "skip"),
+    )
+    spike_factor: float = setting(
+        2.0,
+        "log the rows of a forward pass with this many times the last logged ce; 0 = off",
+        at_least=0,
+    )
+    lora_r: int = setting(0, "rank of LoRA adapters; 0: all weights are trained", at_least=0)
+    lora_alpha: float = setting(16.0, "LoRA scale, times 1 / lora_r", above=0)
+    lora_dropout: float = setting(0.0, "dropout in front of the adapters", at_least=0, at_most=0.99)
+    target_modules: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata=about("names of the modules with adapters; auto: all linear ones but the head"),
+    )
+    merge: bool = setting(False, "save a plain model at the end; its adapter goes to adapter/")
+    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits; needs a GPU")
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        for contradicted, reason in (
+            (self.bf16 and self.fp16, "'bf16' and 'fp16' are both on; choose one"),
+            (
+                self.load_in_4bit and not self.lora_r,
+                "'load_in_4bit' is on and 'lora_r' is 0: weights of 4 bits cannot be trained",
+            ),
+            (
+                self.lora_r > 0 and not self.target_modules,
+                "setting 'target_modules' is empty; 'lora_r: 0' trains all weights",
+            ),
+        ):
+            if contradicted:
+                raise UserError(reason)
 
 
 @dataclass(kw_only=True)
@@ -129,6 +182,11 @@ class DistillConfig(TrainConfig):
         "auto",
         "teacher weights; auto: as saved",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    teacher_quantization: str = setting(
+        "none",
+        "teacher weights in fewer bits, through bitsandbytes; needs a GPU",
+        choices=("none", "8bit", "4bit"),
     )
     teacher_cache: str | None = setting(
         None, "folder that `cache` wrote: the teacher's states are read from it, not computed"
@@ -190,6 +248,7 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
+        super().__post_init__()
         layers = [{"0": "embed", "-1": "last"}.get(name, name) for name in self.layers]
         for contradicted, reason in (
             (
@@ -312,15 +371,157 @@ class AugmentConfig(GenerationConfig):
 class EvaluateConfig(GenerationConfig):
     """Generate for test rows; ROUGE-L, exact match, and the loss of the reference text."""
 
+    on: list[str] = field(
+        default_factory=list,
+        metadata=about("names of sets: rows are read from DATA/NAME/test.jsonl, each scored apart"),
+    )
     output: str = setting(help="folder for predictions and results; new or empty")
+    resume: bool = setting(False, "keep the predictions in the output folder, add the others")
     prompts: list[str] = field(
         default_factory=lambda: ["standard"],
         metadata=about("prompts to evaluate under", choices=PROMPTS),
     )
     seeds: list[int] = field(
-        default_factory=list,
+        default_factory=lambda: [10, 20, 30, 40, 50],
         metadata=about("sampling seeds, one run each (temperature 1); empty: one greedy run"),
     )
+    rouge_tokens: str = setting(
+        "rouge",
+        "what ROUGE-L compares: stemmed a-z words as published, or any script's",
+        choices=("rouge", "words", "characters"),
+    )
+
+
+@dataclass(kw_only=True)
+class NewModelConfig:
+    """Make an untrained small model, with a tokenizer from the texts of rows."""
+
+    data: str = setting(help="rows, a JSON Lines file")
+    output: str = setting(help="folder of the model; new or empty")
+    shape: str = setting("gpt2", "architecture", choices=("gpt2", "llama", "qwen2", "mistral"))
+    tokenizer: str = setting(
+        "bpe",
+        "byte-level BPE, SentencePiece's BPE, its Unigram, or whole words",
+        choices=("bpe", "spm", "unigram", "words"),
+    )
+    pieces: int = setting(4000, "tokens at most", at_least=380)
+    width: int = setting(160, "width of the hidden states", at_least=8)
+    layers: int = setting(4, "transformer layers", at_least=1)
+    heads: int = setting(
+        4, "attention heads; of the others than gpt2, half for the keys", at_least=2
+    )
+    max_length: int = setting(512, "tokens that it takes", at_least=8)
+    # The usual 0.02 learns slowly at a small width.
+    init_std: float = setting(0.05, "standard deviation of the first weights", above=0)
+    prompt_format: str = setting(
+        "paper", "of the texts that the tokenizer is made from", choices=("paper", "chat", "raw")
+    )
+    seed: int = setting(10, "seed of the first weights", at_least=0)
+
+
+@dataclass(kw_only=True)
+class RecipeConfig:
+    """A whole study: data, teachers, rationales, a student for each method and seed, one table.
+
+    The sections hold settings of other commands; see docs/recipes.md.
+    """
+
+    output: str = setting(help="folder of the study; what is finished in it is not run again")
+    data: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("train, validation, test: files; or the settings of prepare"),
+    )
+    models: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("name -> settings of new-model: untrained, from the rows"),
+    )
+    common: dict[str, Any] = field(
+        default_factory=dict, metadata=about("settings of every command that has them")
+    )
+    teachers: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("name -> settings of sft; the first writes the rationales"),
+    )
+    rationales: dict[str, Any] | None = field(
+        default=None, metadata=about("settings of augment; none: the rows as they are")
+    )
+    students: dict[str, Any] = field(
+        default_factory=dict, metadata=about("settings that all methods share")
+    )
+    methods: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("name -> settings of distill, or of sft (command: sft)"),
+    )
+    tune: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("one setting -> values to try for each method, on validation"),
+    )
+    evaluate: dict[str, Any] = field(default_factory=dict, metadata=about("settings of evaluate"))
+    judge: dict[str, Any] | None = field(
+        default=None, metadata=about("settings of judge, and `against`: a method; none: off")
+    )
+    only: list[str] = field(default_factory=list, metadata=about("methods to run; empty: all"))
+    seeds: list[int] = field(
+        default_factory=lambda: [10], metadata=about("training seeds, a student each", at_least=0)
+    )
+    jobs: int = setting(
+        1, "stages that run at the same time, with a share of the cores", at_least=1
+    )
+    launcher: str | None = setting(
+        None, "what starts a training instead of python, as: torchrun --nproc-per-node 4"
+    )
+    device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu"))
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """Make train, validation and test rows from a published data set, or from your own file."""
+
+    source: str = setting(
+        help="dolly | alpaca | sni | dialogsum | arithmetic, or a file or folder of your own rows"
+    )
+    output: str = setting(help="folder for the rows; new or empty")
+    files: str | None = setting(
+        None, "the data set as its publisher ships it: a file or folder; none: from the hub"
+    )
+    format: str = setting(
+        "auto", "of the files; auto: by suffix", choices=("auto", "jsonl", "json", "csv", "parquet")
+    )
+    instruction_field: str = setting("instruction", "field of your own rows: the task")
+    input_field: str = setting("input", "field of your own rows: its context; may be missing")
+    output_field: str = setting("output", "field of your own rows: the answer, or a list of them")
+    rationale_field: str = setting("rationale", "field of your own rows; may be missing")
+    min_words: int | None = setting(
+        None, "words of an answer at least; none: as the data set's rule", at_least=0
+    )
+    max_words: int | None = setting(None, "words of an answer at most", at_least=1)
+    max_prompt_tokens: int | None = setting(
+        None, "tokens of a prompt at most; none: as the data set's rule", at_least=1
+    )
+    tokenizer: str = setting(
+        "openai-community/gpt2", "counts a prompt's tokens: a folder or a hub name"
+    )
+    duplicates: str = setting(
+        "auto",
+        "equal rows; auto: dropped from your own rows, kept in the data sets",
+        choices=("auto", "keep", "drop"),
+    )
+    rows_per_task: int = setting(100, "rows taken from each task file of sni", at_least=1)
+    references: str = setting(
+        "own",
+        "of a dialogsum test row: its own summary, or all of its dialogue",
+        choices=("own", "all"),
+    )
+    train_rows: int | None = setting(
+        None, "training rows at most; none: the paper's count, or all", at_least=1
+    )
+    validation_rows: int | None = setting(
+        None, "validation rows; none: the paper's count, or a tenth, 500 at most", at_least=0
+    )
+    test_rows: int | None = setting(
+        None, "test rows; none: the paper's count, or a tenth, 500 at most", at_least=0
+    )
+    seed: int = setting(42, "seed of the splits", at_least=0)
 
 
 # What has no effect, and when.
@@ -330,6 +531,11 @@ _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         "teacher_cache is none",
         lambda config: config.teacher_cache is None,
         ("teacher_cache_checksums",),
+    ),
+    (
+        "lora_r is 0",
+        lambda config: config.lora_r == 0,
+        ("lora_alpha", "lora_dropout", "target_modules", "merge"),
     ),
     ("kd is none", lambda config: config.kd == "none", ("divergence", "temperature")),
     ("kd is not mined", lambda config: config.kd != "mined", ("token_maps",)),
@@ -376,16 +582,17 @@ def from_sources(cls: type[Config], yaml_path: str | None, overrides: dict[str, 
     Raises UserError for an unreadable file, an unknown name, a wrong type or range, or a missing
     setting.
     """
-    given = {} if yaml_path is None else _read_yaml(yaml_path)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in given:
-        if name not in known:
-            raise UserError(f"{yaml_path}: unknown setting {name!r}{nearest(str(name), known)}")
+    given = {} if yaml_path is None else _read_with_base(yaml_path)
+    _check_names(cls, given, f"{yaml_path}: ")
     return build(cls, {**given, **overrides})
 
 
 def build(cls: type[Config], values: dict[str, Any]) -> Config:
-    """A config from checked values; texts are read as the field's type. Raises UserError."""
+    """A config from checked values; texts are read as the field's type.
+
+    Raises UserError for an unknown name, a wrong type or range, or a missing setting.
+    """
+    _check_names(cls, values, "")
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     checked = {f.name: _check(f, hints[f.name], values[f.name]) for f in fields if f.name in values}
@@ -394,6 +601,13 @@ def build(cls: type[Config], values: dict[str, Any]) -> Config:
         if required and f.name not in checked:
             raise UserError(f"setting {f.name!r} is missing ({f.metadata['help']})")
     return cls(**checked)
+
+
+def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}unknown setting {name!r}{nearest(str(name), known)}")
 
 
 def to_yaml(config: Any) -> str:
@@ -411,7 +625,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Config:
-    """Parse `--config FILE [--key value]...`;"""
+    """Parse `[--config] FILE [--key value]...`. Raises UserError."""
     parser = _Parser(
         prog=prog, description=cls.__doc__, allow_abbrev=False, formatter_class=_HelpFormatter
     )
@@ -419,6 +633,8 @@ def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Con
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if _is_section(hints[f.name]):
+            continue
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_text(f)}
         options["metavar"] = _type_name(hints[f.name]).upper()
         if hints[f.name] is bool:
@@ -426,6 +642,8 @@ def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Con
         elif typing.get_origin(hints[f.name]) is list:
             options["nargs"] = "*"
         parser.add_argument(f"--{f.name}", **options)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
     # --teacher-cache is --teacher_cache.
     argv = [re.sub("^--[^=]+", lambda m: f"--{m[0][2:].replace('-', '_')}", word) for word in argv]
     given, unknown = parser.parse_known_args(argv)
@@ -449,7 +667,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
-        super().add_usage("%(prog)s --config FILE [--key value]...", [], [], prefix)
+        super().add_usage("%(prog)s [FILE] [--key value]...", [], [], prefix)
 
 
 def _help_text(f: dataclasses.Field) -> str:
@@ -467,11 +685,46 @@ def _help_text(f: dataclasses.Field) -> str:
     return text.replace("%", "%%") + f" [{default}]"
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_with_base(path: str) -> dict[str, Any]:
+    given = read_yaml(path)
+    base = given.pop("base", None)
+    if base is None:
+        return given
+    if not isinstance(base, str):
+        raise UserError(f"{path}: 'base': expected a file, got {base!r}")
+    base_path = str(Path(path).parent / base)
+    below = read_yaml(base_path)
+    if "base" in below:
+        raise UserError(f"{base_path} has a base of its own; {path} may go one level deep only")
+    return merged(below, given)
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, with the values of `above` where both have one, key by key in mappings."""
+    result = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(name), dict)
+        result[name] = merged(below[name], value) if both else value
+    return result
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings of a YAML file. Raises UserError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """As YAML 1.2: `on` is a word, and the name of a setting; only true and false are not."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF")
+    )
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path}: {_reason(error)}") from None
     except yaml.YAMLError as error:
@@ -494,6 +747,10 @@ def _check(f: dataclasses.Field, hint: Any, value: Any) -> Any:
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if _is_section(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"section {f.name!r}: expected `name: value` lines, got {value!r}")
+        return value
     if typing.get_origin(hint) is list:
         (item_hint,) = typing.get_args(hint)
         if isinstance(value, str):
@@ -547,6 +804,11 @@ def _convert(name: str, hint: type, value: Any) -> Any:
 
 def _wrong_type(name: str, hint: Any, value: Any) -> UserError:
     return UserError(f"setting {name!r}: expected {_type_name(hint)}, got {value!r}")
+
+
+def _is_section(hint: Any) -> bool:
+    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(typing.get_origin(arm) is dict for arm in arms)
 
 
 def _type_name(hint: Any) -> str:

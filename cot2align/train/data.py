@@ -7,8 +7,9 @@ has a standard text and, where it has a rationale, a chain-of-thought (CoT) text
     CoT        prompt that asks for steps + "{rationale}\\nTherefore, the answer is: {output}"
 
 Prompt and response are tokenised separately, the end-of-sequence token closes the response, and
-every model has its own tokenizer. A text that is too long loses tokens of its prompt's input first,
-then of its instruction, never of the `### Response:` tail; then of its response's end.
+every model has its own tokenizer and, with `prompt_format: chat`, its own chat template. A text
+that is too long loses tokens of its prompt's input first, then of its instruction, never of what
+follows them (`### Response:`); then of its response's end.
 
 A batch carries all texts of its rows, standard and CoT alike, once per model. The positions that
 predict a response token are computed here, on the CPU, so that the models' forward passes read
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,10 @@ class PromptFormat:
             return self.cot_with_input if row.input else self.cot
         return self.standard_with_input if row.input else self.standard
 
+    def text(self, row: Row, is_cot: bool) -> str:
+        """The row's whole prompt; in the format "chat", the user's message."""
+        return self.template(row, is_cot).format(instruction=row.instruction, input=row.input)
+
 
 _SECTIONS = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 _SECTIONS_WITH_INPUT = (
@@ -57,24 +63,31 @@ _COT = (
     "Below is an instruction that describes a task. "
     "Write a response with reasoning step by step that appropriately completes the request."
 )
-_STEPS = "Let's think step by step.\n"
+_STEPS = "Let's think step by step."
 PROMPT_FORMATS = {
     # Figure 3 of the paper.
-    "alpaca": PromptFormat(
+    "paper": PromptFormat(
         standard="Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request." + _SECTIONS,
         standard_with_input="Below is an instruction that describes a task, paired with an input "
         "that provides further context. "
         "Write a response that appropriately completes the request." + _SECTIONS_WITH_INPUT,
-        cot=_COT + _SECTIONS + _STEPS,
-        cot_with_input=_COT + _SECTIONS_WITH_INPUT + _STEPS,
+        cot=_COT + _SECTIONS + _STEPS + "\n",
+        cot_with_input=_COT + _SECTIONS_WITH_INPUT + _STEPS + "\n",
     ),
-    # For small models and small context windows.
-    "short": PromptFormat(
-        standard="{instruction}\nAnswer:\n",
-        standard_with_input="{instruction}\n{input}\nAnswer:\n",
-        cot="{instruction}\nSteps:\n",
-        cot_with_input="{instruction}\n{input}\nSteps:\n",
+    # A user's message, which the tokenizer's chat template then surrounds.
+    "chat": PromptFormat(
+        standard="{instruction}",
+        standard_with_input="{instruction}\n\n{input}",
+        cot="{instruction}\n\n" + _STEPS,
+        cot_with_input="{instruction}\n\n{input}\n\n" + _STEPS,
+    ),
+    # The row's own words: for base models, small models and small context windows.
+    "raw": PromptFormat(
+        standard="{instruction}\n",
+        standard_with_input="{instruction}\n{input}\n",
+        cot="{instruction}\n" + _STEPS + "\n",
+        cot_with_input="{instruction}\n{input}\n" + _STEPS + "\n",
     ),
 }
 
@@ -105,10 +118,10 @@ def read_rows(path: str) -> list[Row]:
     of a wrong type or empty, and an `id` that comes twice.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"data file {path}: {reason}") from None
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"data file {path}: {error.strerror}") from None
+    lines = decode_text(content, path).split("\n")
     rows: list[Row] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -124,12 +137,53 @@ def read_rows(path: str) -> list[Row]:
     return rows
 
 
+def decode_text(content: bytes, path: str | Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark, each line's end as "\\n".
+
+    Raises UserError that names the file and the line.
+    """
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"data file {path}: UTF-16, expected UTF-8")
+    for what, place in (
+        ("a NUL byte, so not a text", content.find(0)),
+        ("not UTF-8", _not_utf8(content)),
+    ):
+        if place >= 0:
+            line = content.count(b"\n", 0, place) + 1
+            raise UserError(f"data file {path}: {what} (line {line}, byte {content[place]:#04x})")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _not_utf8(content: bytes) -> int:
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return -1
+
+
+def load_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises UserError that begins with `where`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if "\n" in text else ""
+        reason = f"{error.msg} ({place}column {error.colno})"
+    except RecursionError:
+        reason = "too many brackets inside each other"
+    except ValueError as error:  # an integer of thousands of digits
+        reason = str(error)
+    raise UserError(f"{where}: broken JSON: {reason}")
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a JSON escape such as \\ud800 left half a character, which no file can hold."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
+
+
 def parse_row(line: str, where: str, default_id: str) -> Row:
     """One JSON line as a Row. Raises UserError that begins with `where`."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
+    fields = load_json(line, where)
     if not isinstance(fields, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(fields).__name__}")
     texts = {"input": "", "rationale": "", **{k: v for k, v in fields.items() if v is not None}}
@@ -143,6 +197,8 @@ def parse_row(line: str, where: str, default_id: str) -> Row:
     ]:
         if not isinstance(value, str):
             raise UserError(f"{where}: field {name!r}: expected text, got {type(value).__name__}")
+        if has_surrogate(value):
+            raise UserError(f"{where}: field {name!r} has half of a surrogate pair, no character")
         if not value.strip() and name in ("instruction", "output"):
             what = "empty response" if name == "output" else "empty instruction"
             raise UserError(f"{where}: {what} (field {name!r})")
@@ -219,6 +275,12 @@ class TextEncoder:
             raise UserError(
                 f"max_prompt_length {max_prompt_length} must be below max_length {max_length}"
             )
+        self.is_chat = prompt_format == "chat"
+        if self.is_chat and not tokenizer.chat_template:
+            raise UserError(
+                f"prompt_format is chat, but the tokenizer of {tokenizer.name_or_path!r} has no "
+                "chat template; base models take paper or raw"
+            )
         self.tokenizer = tokenizer
         self.format = PROMPT_FORMATS[prompt_format]
         self.max_length = max_length
@@ -251,13 +313,7 @@ class TextEncoder:
         self, rows: Sequence[Row], is_cot: bool, budgets: Sequence[int]
     ) -> tuple[list[list[int]], int]:
         """Token ids of every row's prompt, at most its budget; and how many had to be cut."""
-        templates = [self.format.template(row, is_cot) for row in rows]
-        encoded = self._encode(
-            [
-                template.format(instruction=row.instruction, input=row.input)
-                for template, row in zip(templates, rows, strict=True)
-            ]
-        )
+        encoded = self._encode([self.format.text(row, is_cot) for row in rows])
         cut = 0
         for index, (row, ids, budget) in enumerate(zip(rows, encoded, budgets, strict=True)):
             if len(ids) > budget:
@@ -266,6 +322,13 @@ class TextEncoder:
         return encoded, cut
 
     def _encode(self, prompts: list[str]) -> list[list[int]]:
+        if self.is_chat:
+            # A chat template writes the special tokens itself.
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = self.tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True
+            )
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         encoded = self.tokenizer(prompts, add_special_tokens=True)["input_ids"]
         # Some tokenizers close every text; the prompt is not the end of ours.
         eos = self.tokenizer.eos_token_id
@@ -297,9 +360,10 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Example:
-    """One row, tokenised: its texts of the wanted kinds."""
+    """One row, tokenised: its texts of the wanted kinds; the row's id."""
 
     texts: tuple[TextPair, ...]
+    id: str = ""
 
 
 def encode_rows(
@@ -346,7 +410,11 @@ def encode_rows(
                     f"response of row {rows[index].id!r} differently"
                 )
             pairs[index].append(TextPair(is_cot, student_text, teacher_text, alignment))
-    examples = [Example(tuple(row_pairs)) for row_pairs in pairs if row_pairs]
+    examples = [
+        Example(tuple(row_pairs), row.id)
+        for row, row_pairs in zip(rows, pairs, strict=True)
+        if row_pairs
+    ]
     if not examples:
         raise UserError("no row has a rationale, and texts is 'cot': nothing to train on")
     totals = {
@@ -369,11 +437,11 @@ def collate(
     """One batch: the texts of all rows, row by row, as `B` texts for each model.
 
     Returns {"student": model batch, "teacher": model batch (in distillation only), "text_rows": [B]
-    row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows"}. See
-    `model_batch`. With MinED the student's has an "alignment" of its R response tokens: int64
-    "student" [A] and "teacher" [A], the aligned ones and their partners of the teacher's, and
-    "unaligned" [R - A]. packed: see `model_batch`. cached: gives the teacher's "states", see
-    `teacher.TeacherCache.states`.
+    row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows",
+    "ids": of the rows}. See `model_batch`. With MinED the student's has an "alignment" of its R
+    response tokens: int64 "student" [A] and "teacher" [A], the aligned ones and their partners of
+    the teacher's, and "unaligned" [R - A]. packed: see `model_batch`. cached: gives the teacher's
+    "states", see `teacher.TeacherCache.states`.
     """
     texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
     batch: dict[str, Any] = {
@@ -382,6 +450,7 @@ def collate(
         "text_is_cot": [pair.is_cot for _, pair in texts],
         "num_tokens": sum(len(pair.student.response_ids) for _, pair in texts),
         "num_rows": len(examples),
+        "ids": [example.id for example in examples],
     }
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:

@@ -12,6 +12,7 @@ fine-tuning: L = L_CE.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +54,18 @@ class Distiller(nn.Module):
         self.cross_cot = cross_cot
         self.kd = kd
         self.measure_gradients = False
+        # The layers that FSDP2 shards one by one. All else (heads, embeddings, projections) belongs
+        # to this module, and is whole wherever `forward` reads it.
+        self._no_split_modules = sorted(
+            {
+                name
+                for model in (student, teacher)
+                if model is not None
+                for name in model._no_split_modules or ()
+            }
+        )
+        self.register_state_dict_post_hook(_without_teacher)
+        self.register_load_state_dict_post_hook(_teacher_not_missing)
         self.train(self.training)
 
     def forward(
@@ -63,12 +76,14 @@ class Distiller(nn.Module):
         text_is_cot: Sequence[bool],
         num_tokens: int,
         num_rows: int,
+        ids: Sequence[str] = (),
         teacher: dict[str, Any] | None = None,
         num_items_in_batch: Tensor | None = None,
     ) -> dict[str, Any]:
         """The batch of `data.collate` -> {"loss", "parts", "metrics"}.
 
         num_items_in_batch: [response tokens, rows] of the global batch; None: this batch's own.
+        ids: of the rows, not used here.
         loss: float32 scalar, this batch's share of eq. 16. parts: its terms ("ce", "kd", "ot",
         "ot/cst", "ot/crc"), detached shares too. metrics: name -> [sum, count], diagnostics to be
         averaged; with `measure_gradients`, also "gradient/ce" and "gradient/ot" -> [sum of squares,
@@ -81,14 +96,30 @@ class Distiller(nn.Module):
 
         layers = () if self.cross_cot is None else self.cross_cot.layers
         ours = token_states(self.student, student, layers)
+        theirs = None
+        if self.teacher is not None and teacher is not None:
+            with torch.no_grad():
+                theirs = teacher_states(self.teacher, teacher, layers)
+        with _not_in_float16(counts.device.type):
+            return self._losses(ours, theirs, text_rows, text_is_cot, all_tokens, all_rows)
+
+    def _losses(
+        self,
+        ours: TokenStates,
+        theirs: TokenStates | None,
+        text_rows: Sequence[int],
+        text_is_cot: Sequence[bool],
+        all_tokens: Tensor,
+        all_rows: Tensor,
+    ) -> dict[str, Any]:
         total, correct = cross_entropy(ours)
         ce = total / all_tokens
         loss = ce
         parts: dict[str, Tensor] = {"ce": ce.detach()}
-        metrics = {"token_accuracy": torch.stack([correct, torch.full_like(correct, num_tokens)])}
-        if self.teacher is not None and teacher is not None:
-            with torch.no_grad():
-                theirs = teacher_states(self.teacher, teacher, layers)
+        metrics = {
+            "token_accuracy": torch.stack([correct, torch.full_like(correct, len(ours.targets))])
+        }
+        if theirs is not None:
             distillation = torch.zeros_like(ce)
             if self.kd is not None:
                 kd = self.kd(ours, theirs)
@@ -120,6 +151,29 @@ class Distiller(nn.Module):
         if isinstance(self.kd, nn.Module):
             parameters |= {f"kd.{name}": p for name, p in self.kd.named_parameters()}
         return parameters
+
+
+def _without_teacher(
+    distiller: nn.Module, state: dict[str, Any], prefix: str, metadata: object
+) -> None:
+    """The teacher is in no checkpoint, whoever writes it."""
+    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+        del state[name]
+
+
+def _teacher_not_missing(distiller: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("teacher.")]
+
+
+def _not_in_float16(device: str) -> AbstractContextManager:
+    """The losses' autocast: none in place of float16.
+
+    Their gradients are made in the forward pass, summed over tokens: no loss scale reaches them in
+    time, and the head's can pass 65504.
+    """
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _squared_gradient(term: Tensor, states: Tensor) -> Tensor:

@@ -12,22 +12,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from cot2align.train.adapters import base_of, quantization, with_adapter
 from cot2align.train.config import UserError
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The fast tokenizer of a folder or hub name. Raises UserError."""
+    """The fast tokenizer of a folder or hub name; an adapter without one has its base's. Raises
+    UserError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
-        raise UserError(f"tokenizer of {name!r} cannot be loaded: {_one_line(error)}") from None
+        if (base := base_of(name)) is not None:
+            return load_tokenizer(base, trust_remote_code=trust_remote_code)
+        raise UserError(f"tokenizer of {name!r} cannot be loaded: {one_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast tokenizer "
@@ -45,27 +50,41 @@ def load_model(
     dtype: str,
     max_length: int,
     trust_remote_code: bool = False,
+    bits: str = "none",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The causal language model of a folder or hub name, checked, in eval mode, on the CPU.
 
-    dtype: "float32", "bfloat16", "float16" or "auto" (as saved). max_length: tokens that it will be
-    given. Raises UserError.
+    An adapter's base is loaded, and the adapter merged into it. dtype: "float32", "bfloat16",
+    "float16" or "auto" (as saved). max_length: tokens that it will be given. bits: "none", "8bit"
+    or "4bit", quantised on the GPU. attention: transformers' attn_implementation. Raises UserError.
     """
     transformers_logging.disable_progress_bar()
+    base = base_of(name)
+    options = quantization(bits)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            base or name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except LOAD_ERRORS as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_one_line(error)}") from None
+        which = name if base is None else f"{base}' of the adapter '{name}"
+        raise UserError(f"model '{which}' cannot be loaded: {one_line(error)}") from None
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model {name!r}: {len(missing)} weights are missing, first {missing[0]!r}")
+    if base is not None:
+        try:
+            model = with_adapter(model, name)
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"adapter {name!r} does not fit its base {base!r}: {one_line(error)}"
+            ) from None
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
@@ -76,6 +95,16 @@ def load_model(
     if window is not None and window < max_length:
         raise UserError(f"model {name!r} takes {window} tokens, fewer than max_length {max_length}")
     _check_head(model, name)
+    if attention is not None:
+        # After the check, which runs on the CPU, where flash attention does not.
+        if attention == "flash_attention_2" and not torch.cuda.is_available():
+            raise UserError("attn_implementation flash_attention_2 needs a GPU, none was found")
+        try:
+            model.set_attn_implementation(attention)
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"model {name!r}: no {attention} attention: {one_line(error)}"
+            ) from None
     return model
 
 
@@ -93,6 +122,8 @@ def lm_logits(model: PreTrainedModel, hidden: torch.Tensor, *weights: torch.Tens
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
+    if not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(head.weight.dtype)
     names = [name for name, _ in head.named_parameters()] if weights else []
     logits = functional_call(head, dict(zip(names, weights, strict=True)), (hidden,))
     if (scale := getattr(config, "logit_scale", None)) is not None:
@@ -104,12 +135,18 @@ def lm_logits(model: PreTrainedModel, hidden: torch.Tensor, *weights: torch.Tens
     return logits
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """What is before the head."""
+    # Not model.base_model, which of a PeftModel is something else.
+    return getattr(model, model.base_model_prefix, model)
+
+
 def body_states(model: PreTrainedModel, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`hidden_states` [B, L, d] of every stage, the embedding's first, without the head's logits.
 
     inputs: input_ids [B, L], and attention_mask or position_ids of the same shape.
     """
-    output = model.base_model(
+    output = body_of(model)(
         **inputs,
         output_hidden_states=True,
         use_cache=False,
@@ -137,7 +174,7 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
             ]
         )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = f"it takes no position_ids: {_one_line(error)}"
+        reason = f"it takes no position_ids: {one_line(error)}"
     else:
         tolerance = (1e-4 if model.dtype == torch.float32 else 3e-2) * alone.abs().max()
         if bool(((packed - alone).abs() <= tolerance).all()):
@@ -161,7 +198,7 @@ def pad_token_id(tokenizer: Tokenizer) -> int:
 def _check_head(model: PreTrainedModel, name: str) -> None:
     if model.get_output_embeddings() is None:
         raise UserError(f"model {name!r} ({type(model).__name__}) has no language-model head")
-    ids = torch.arange(4)[None]
+    ids = torch.arange(4, device=model.device)[None]
     mask = torch.ones_like(ids)
     try:
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
@@ -170,7 +207,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     except (AttributeError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
             f"model {name!r} ({type(model).__name__}) does not give hidden states: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
     precise = model.dtype == torch.float32
     tolerance = (1e-4 if precise else 3e-2) * expected.abs().max().clamp(min=1e-3)
@@ -187,6 +224,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _one_line(error: Any) -> str:
+def one_line(error: Any) -> str:
+    """What an error says, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 600 else text[:597] + "..."

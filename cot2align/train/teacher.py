@@ -44,15 +44,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from cot2align.train.adapters import base_of
 from cot2align.train.config import CacheConfig, DistillConfig, UserError
 from cot2align.train.data import Example, Row, Text, TextEncoder, model_batch, read_rows
+from cot2align.train.files import write_whole
 from cot2align.train.models import (
     LOAD_ERRORS,
     Tokenizer,
+    body_of,
     body_states,
     lm_logits,
     load_model,
     load_tokenizer,
+    one_line,
 )
 from cot2align.train.token_states import (
     TokenStates,
@@ -104,7 +108,7 @@ def embedding_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
     handle = _layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model.base_model(**model_inputs(batch), use_cache=False)
+        body_of(model)(**model_inputs(batch), use_cache=False)
     except _Entered as entered:
         return entered.states
     finally:
@@ -150,6 +154,7 @@ class TeacherCache:
             "prompt_format": config.prompt_format,
             "max_length": config.max_length,
             "max_prompt_length": config.max_prompt_length,
+            "teacher_quantization": config.teacher_quantization,
         }
         if config.teacher_dtype != "auto":
             ours["teacher_dtype"] = config.teacher_dtype
@@ -257,7 +262,7 @@ def run(config: CacheConfig) -> dict[str, Any]:
             tokenizer.save_pretrained(folder)
             first = [wanted[key] for key in order[: config.batch_size]]
             _write_shell(model, folder, index["facts"], _to(model_batch(first, "all"), device))
-            _write_index(folder, index)
+            write_whole(folder / INDEX_FILE, json.dumps(index) + "\n")
         with tqdm(total=len(wanted), unit="text", desc="teacher states") as progress:
             for keys in _shards(order, wanted, config, index["facts"]):
                 used = {shard["file"] for shard in shards}
@@ -268,7 +273,7 @@ def run(config: CacheConfig) -> dict[str, Any]:
                         model, folder / file, keys, wanted, config, index["facts"], progress
                     )
                 )
-                _write_index(folder, index)
+                write_whole(folder / INDEX_FILE, json.dumps(index) + "\n")
     size = sum(shard["bytes"] for shard in shards)
     print(f"{len(done) + len(wanted)} texts, {_size(size)} of states -> {folder}")
     return {
@@ -321,10 +326,10 @@ def _facts(config: CacheConfig) -> dict[str, Any]:
     """All that the states depend on, before the teacher is loaded."""
     try:
         model_config = AutoConfig.from_pretrained(
-            config.teacher, trust_remote_code=config.trust_remote_code
+            base_of(config.teacher) or config.teacher, trust_remote_code=config.trust_remote_code
         ).get_text_config()
     except LOAD_ERRORS as error:
-        raise UserError(f"model {config.teacher!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"model {config.teacher!r}: {one_line(error)}") from None
     depth = model_config.num_hidden_layers
     check_layers(depth, config.layers)
     layers = dict.fromkeys(_place(layer, depth) for layer in ("last", *config.layers))
@@ -335,6 +340,7 @@ def _facts(config: CacheConfig) -> dict[str, Any]:
         "prompt_format": config.prompt_format,
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
+        "teacher_quantization": "none",
         "tokens": config.tokens,
         "cache_dtype": config.cache_dtype,
         # The embedding's states are made live wherever that is exact.
@@ -346,25 +352,27 @@ def _facts(config: CacheConfig) -> dict[str, Any]:
 
 def _fingerprint(teacher: str) -> dict[str, str]:
     """File -> hash, of a folder's or a downloaded model's config, tokenizer and weights (of these
-    the size and evenly spaced blocks: training changes all of a file); empty if not on disk."""
+    the size and evenly spaced blocks: training changes all of a file), and of an adapter's base;
+    empty if not on disk."""
     for name in ("config.json", "adapter_config.json"):
-        path = cached_file(
-            teacher,
-            name,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        if path:
+        try:
+            path = cached_file(teacher, name, local_files_only=True)
+        except OSError:  # Not on this disk.
+            path = None
+        if path is not None:
             break
     else:
         return {}
+    assert path is not None
     folder = Path(path).parent
+    base = base_of(teacher)
     weights = sorted(folder.glob("*.safetensors"))
     others = [folder / name for name in ("config.json", "tokenizer.json")]
     found = {file.name: _hash(file) for file in others if file.exists()}
-    return found | {file.name: _sampled_hash(file) for file in weights} if weights else {}
+    found |= {file.name: _sampled_hash(file) for file in weights}
+    if base is not None:
+        found |= {f"{name} of the base": value for name, value in _fingerprint(base).items()}
+    return found if weights else {}
 
 
 def _other_files(files: dict[str, str], facts: dict[str, Any]) -> list[str]:
@@ -536,7 +544,7 @@ def load_shell(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             tied = json.loads(file.metadata()["tied"])
     except (*LOAD_ERRORS, SafetensorError) as error:
-        raise UserError(f"teacher cache {folder}: {' '.join(str(error).split())}") from None
+        raise UserError(f"teacher cache {folder}: {one_line(error)}") from None
     for module in _layers(model).modules():
         module._parameters.clear()
         module._buffers.clear()
@@ -557,7 +565,7 @@ def load_shell(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     depth = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in body_of(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise UserError(
@@ -582,12 +590,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"teacher cache {folder}: {INDEX_FILE} is not of format {FORMAT}")
     return index
-
-
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    part = folder / f"{INDEX_FILE}.part"
-    part.write_text(json.dumps(index) + "\n", encoding="utf-8")
-    os.replace(part, folder / INDEX_FILE)
 
 
 def _fault(folder: Path, shard: dict[str, Any], checksums: bool) -> str | None:

@@ -10,6 +10,10 @@ The output folder: a plain `from_pretrained` student with its tokenizer, `projec
 `config.yaml` (resolved, can be run again), `metrics.jsonl` (one JSON line per log entry),
 checkpoints.
 
+A checkpoint is written beside the others and renamed when it is whole. SIGTERM lets the step end,
+saves, and leaves with exit code 143. Before every optimizer step the losses of its forward passes
+are read, once, on all processes together: one that is not finite stops the run, or skips the step.
+
 At logged steps `ot/grad_norm` is the norm of dL_CCoT / d(student's last hidden states) over the
 whole batch, unweighted, and `ot/grad_ratio` its ratio to the cross entropy's: one more backward
 pass of the two losses, none of the model.
@@ -18,17 +22,27 @@ pass of the two losses, none of the model.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
+import signal
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -39,15 +53,27 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
 from cot2align.kernels.ot_loss import OTSettings, choose_backend
+from cot2align.train.adapters import (
+    add_lora,
+    base_of,
+    save_student,
+    saved_tensors,
+    set_adapter_aside,
+)
 from cot2align.train.config import (
     DistillConfig,
     SFTConfig,
     TrainConfig,
     UserError,
+    nearest,
     to_yaml,
     without_effect,
 )
@@ -66,20 +92,31 @@ from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.losses.uld import uld
-from cot2align.train.models import Tokenizer, check_packing, load_model, load_tokenizer, width
+from cot2align.train.models import (
+    Tokenizer,
+    body_of,
+    check_packing,
+    load_model,
+    load_tokenizer,
+    one_line,
+    width,
+)
 from cot2align.train.teacher import TeacherCache, load_shell
 from cot2align.train.token_states import TokenStates, check_layers
 
 PROJECTIONS_FILE = "projections.safetensors"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+PARTIAL_FOLDER = "partial"
+SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
 def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     """Train and save; returns {"output", "steps", "seconds", "log": all log entries, in order}.
 
     Raises UserError for whatever is wrong with the config, the files or the models, before
-    training.
+    training, and for a loss that is not finite or a file that cannot be written, in it. Raises
+    SystemExit(143) after a SIGTERM.
     """
     main_process = int(os.environ.get("RANK", "0")) == 0
     checkpoint = _open_output(config, main_process)
@@ -142,9 +179,18 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         cache=cache,
     )
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with trainer.termination, trainer.progress:
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
-    trainer.save_model(config.output)
+    if trainer.state.global_step < trainer.state.max_steps:
+        if main_process:
+            print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume continues")
+        trainer.accelerator.wait_for_everyone()
+        raise SystemExit(SIGTERM_EXIT)
+    with _written("the model"):
+        trainer.save_model(config.output)
+    if config.lora_r and config.merge and main_process:
+        merge_adapter(config, student_tokenizer)
     # A process that leaves while another still talks to it makes gloo abort that one.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -170,16 +216,32 @@ def build_distiller(
     """Load the models that the config names and put the objective between them; MinED needs the
     `aligner` of the tokenizers. Raises UserError."""
     load = partial(
-        load_model, max_length=config.max_length, trust_remote_code=config.trust_remote_code
+        load_model,
+        max_length=config.max_length,
+        trust_remote_code=config.trust_remote_code,
+        attention=config.attn_implementation,
     )
+    name = config.model if isinstance(config, SFTConfig) else config.student
+    if config.lora_r and base_of(name) is not None:
+        raise UserError(
+            f"{name!r} is an adapter, and 'lora_r' asks for another on top of it; merge it first"
+        )
+    bits = "4bit" if config.load_in_4bit else "none"
+    student = load(name, student_tokenizer, dtype="float32", bits=bits)
     if isinstance(config, SFTConfig):
-        return _prepared(config, Distiller(load(config.model, student_tokenizer, dtype="float32")))
+        return _prepared(config, Distiller(student))
     assert teacher_tokenizer is not None
-    student = load(config.student, student_tokenizer, dtype="float32")
     if config.teacher_cache:
         teacher = load_shell(Path(config.teacher_cache), config.trust_remote_code)
     else:
-        teacher = load(config.teacher, teacher_tokenizer, dtype=config.teacher_dtype)
+        teacher = load(
+            config.teacher,
+            teacher_tokenizer,
+            dtype=config.teacher_dtype,
+            bits=config.teacher_quantization,
+        )
+    # The projections are the same however the teacher came: to load an adapter draws numbers.
+    torch.manual_seed(config.seed)
     cross_cot = None
     if config.ot:
         for model in (student, teacher):
@@ -211,6 +273,24 @@ def build_distiller(
         kd=kd,
     )
     return _prepared(config, distiller)
+
+
+def merge_adapter(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Turn the output folder into a plain model; the adapter goes to its own folder in it.
+
+    The base is loaded anew, in float32: the one that was trained may be sharded or quantised.
+    """
+    folder = Path(config.output)
+    adapter = set_adapter_aside(folder)
+    model = load_model(
+        str(adapter),
+        tokenizer,
+        dtype="float32",
+        max_length=config.max_length,
+        trust_remote_code=config.trust_remote_code,
+    )
+    with _written("the merged model"), _whole(folder) as partial:
+        model.save_pretrained(partial)
 
 
 def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
@@ -275,7 +355,10 @@ def ot_settings(config: DistillConfig) -> OTSettings:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Trainer's settings. Raises UserError for several GPUs in one process (nn.DataParallel)."""
+    """Trainer's settings. Raises UserError for several GPUs in one process (nn.DataParallel), and
+    for fp16 without a GPU."""
+    if config.fp16 and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("'fp16' needs a GPU: its loss scale is made for one; on a CPU use 'bf16'")
     evaluates = config.eval is not None
     arguments = TrainingArguments(
         output_dir=config.output,
@@ -291,6 +374,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=config.bf16,
+        fp16=config.fp16,
         use_cpu=config.device == "cpu",
         logging_steps=config.logging_steps,
         logging_first_step=True,
@@ -302,7 +386,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
-        report_to="none",
+        report_to=_trackers(config) or "none",
         disable_tqdm=False,
     )
     if arguments.n_gpu > 1:
@@ -311,6 +395,17 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             "accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
         )
     return arguments
+
+
+class ForwardPass(NamedTuple):
+    """What is kept of a forward pass until its optimizer step: its rows, its mean cross entropy,
+    and what `Distiller.forward` returned, detached."""
+
+    ids: list[str]
+    loss: Tensor
+    ce: Tensor
+    parts: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 class DistillTrainer(Trainer):
@@ -334,7 +429,10 @@ class DistillTrainer(Trainer):
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         self._steps = 0
+        self._passes: list[ForwardPass] = []
+        self._events: list[dict[str, Any]] = []
         self._grad_norms: dict[str, Tensor] = {}
+        self.termination = Termination()
         super().__init__(
             model=model,
             args=args,
@@ -347,10 +445,14 @@ class DistillTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), LogCheckpoints()],
+            callbacks=[MetricsFile(), LogCheckpoints(), self.termination],
         )
         self.remove_callback(ProgressCallback)
-        self.add_callback(Progress())
+        self.progress = Progress()
+        self.add_callback(self.progress)
+
+        if self.is_deepspeed_enabled and config.on_nan == "skip":
+            raise UserError("'on_nan: skip' does not go with DeepSpeed, which steps by itself")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if not self.config.group_by_length:
@@ -402,17 +504,26 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Trainer's loss; in training, the parts and metrics are added up for the next log
-        entry."""
+        """Trainer's loss; in training, the parts and metrics are kept for the step's end."""
         self.model.measure_gradients = self._next_step_is_logged()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            for name, value in outputs["parts"].items():
-                self._parts[name] += value
-            for name, value in outputs["metrics"].items():
-                self._metrics[name] += value
-            self._steps += self.accelerator.sync_gradients
+            assert isinstance(num_items_in_batch, Tensor)
+            self._passes.append(
+                ForwardPass(
+                    inputs["ids"],
+                    loss.detach(),
+                    outputs["parts"]["ce"] * num_items_in_batch[0] / inputs["num_tokens"],
+                    outputs["parts"],
+                    outputs["metrics"],
+                )
+            )
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's; a loss that is skipped is left out of its sums."""
+        loss = super().training_step(*args, **kwargs)
+        return loss if self.config.on_nan == "stop" else loss.nan_to_num(0.0, 0.0, 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; an entry of training gets the parts, meaned over its steps, and the metrics."""
@@ -420,6 +531,73 @@ class DistillTrainer(Trainer):
             logs |= self._drain()
             logs |= {name: norm.item() for name, norm in self._grad_norms.items()}
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        for event in self._events:
+            self.log(event)
+        self._events.clear()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _step_is_sound(self, grad_norm: Tensor | float | None) -> bool:
+        """Reads the step's losses, on all processes alike; those of a sound step are kept for the
+        next log entry.
+
+        False: the step is to be skipped. Raises UserError where it is to stop the run.
+        """
+        passes, self._passes = self._passes, []
+        broken = torch.stack([p.loss for p in passes]).isfinite().logical_not()
+        spiked = torch.stack([p.ce for p in passes]) > self._spike_limit()
+        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=broken.device)
+        norm = _unsharded(norm)
+        # With float16 that is for the loss scale to handle.
+        overflow = norm.isfinite().logical_not() & (not self.config.fp16)
+        requested = torch.tensor(self.termination.requested, device=broken.device)
+        flags = torch.stack([broken.any(), overflow, spiked.any(), requested]).int()
+        if self.args.world_size > 1:
+            flags = self.accelerator.gather(flags[None]).amax(0)
+        any_broken, any_overflow, any_spiked, self.termination.agreed = map(bool, flags.tolist())
+        if any_broken or any_overflow:
+            self._refuse_step(passes, broken.tolist() if any_broken else None)
+            return False
+        if any_spiked:
+            found = [(p.ids, p.ce.item()) for p, s in zip(passes, spiked, strict=True) if s]
+            found = gather_object(found)
+            rows = ", ".join(row for ids, _ in found for row in ids)
+            self._events.append({"spike/ce": max(ce for _, ce in found), "spike/rows": rows})
+        for p in passes:
+            for name, value in p.parts.items():
+                self._parts[name] += value
+            for name, value in p.metrics.items():
+                self._metrics[name] += value
+        self._steps += 1
+        return True
+
+    def _refuse_step(self, passes: list[ForwardPass], broken: list[bool] | None) -> None:
+        """Stop the run, or drop the step's gradients; broken: the passes to blame, None: all."""
+        found = [
+            (p.ids, [name for name, value in p.parts.items() if not value.isfinite()])
+            for p, is_broken in zip(passes, broken or [True] * len(passes), strict=True)
+            if is_broken
+        ]
+        found = gather_object(found)
+        rows = ", ".join(row for ids, _ in found for row in ids)
+        parts = ", ".join(dict.fromkeys(name for _, names in found for name in names))
+        parts = parts if broken else "gradient"
+        if self.config.on_nan == "stop":
+            raise UserError(
+                f"step {self.state.global_step + 1}: {parts} not finite, rows {rows}; "
+                "'on_nan: skip' leaves such steps out"
+            )
+        self._events.append({"skipped/parts": parts, "skipped/rows": rows})
+        # The loss scale skips the step by itself, and has to see why.
+        if not self.config.fp16:
+            self.model.zero_grad()
+
+    def _spike_limit(self) -> float:
+        if not self.config.spike_factor:
+            return math.inf
+        logged = (entry["ce"] for entry in reversed(self.state.log_history) if "ce" in entry)
+        return self.config.spike_factor * next(logged, math.inf)
 
     def evaluation_loop(
         self,
@@ -464,43 +642,60 @@ class DistillTrainer(Trainer):
             num_samples=round(rows),
         )
 
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(Path(self.config.output, PARTIAL_FOLDER))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output, partial = Path(self.config.output), Path(self._get_output_dir())
+        step = self.state.global_step
+        try:
+            with _written(f"the checkpoint of step {step}"):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                whole = output / f"checkpoint-{step}"
+                shutil.rmtree(whole, ignore_errors=True)
+                os.replace(partial / whole.name, whole)
+                for old in _checkpoints(output)[: -self.config.checkpoints]:
+                    shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student and the projections; called on all processes, the main one writes."""
+        if self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, gathered_state(self.model))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.config.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.student.save_pretrained(folder)
-        self.student_tokenizer.save_pretrained(folder)
-        projections = self.model.projection_parameters()
-        if projections:
-            tensors = {name: p.detach().contiguous().cpu() for name, p in projections.items()}
-            save_file(tensors, folder / PROJECTIONS_FILE)
-        (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        with _whole(Path(output_dir or self.config.output)) as folder:
+            save_state(self.model, folder, state_dict)
+            self.student_tokenizer.save_pretrained(folder)
+            (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        student = self.model.student
-        saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
-        student.load_state_dict(saved.state_dict())
-        projections = self.model.projection_parameters()
-        if projections:
-            tensors = load_file(Path(resume_from_checkpoint) / PROJECTIONS_FILE)
-            with torch.no_grad():
-                for name, parameter in projections.items():
-                    parameter.copy_(tensors[name])
+        load_state(self.model, Path(resume_from_checkpoint))
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None
     ) -> Tensor | float | None:
         total = super()._get_grad_norm(model, grad_norm)
+        self._grad_norms = {}
+        if not self._step_is_sound(total):
+            return None
         if total is not None and self._next_step_is_logged():
             groups = {
                 "student": [*self.model.student.parameters()],
                 "projections": [*self.model.projection_parameters().values()],
             }
             norms = {
-                name: get_total_norm([p.grad for p in parameters if p.grad is not None])
+                name: _unsharded(get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 for name, parameters in groups.items()
                 if parameters
             }
@@ -519,6 +714,8 @@ class DistillTrainer(Trainer):
         )
 
     def _drain(self) -> dict[str, float]:
+        if not self._steps:
+            return {}
         names = [*self._parts, *self._metrics]
         values = torch.cat([torch.stack([*self._parts.values()]), *self._metrics.values()])
         if self.args.world_size > 1:
@@ -538,11 +735,73 @@ class DistillTrainer(Trainer):
         return logs
 
 
+def gathered_state(distiller: Distiller) -> dict[str, Tensor] | None:
+    """What is saved, whole, by its name in `distiller`; None where nothing is sharded.
+
+    All processes have to call it; each gets a copy on its CPU.
+    """
+    if not any(isinstance(p, DTensor) for p in distiller.student.parameters()):
+        return None
+    names = distiller.state_dict().keys()
+    adapters_only = isinstance(distiller.student, PeftModel)
+    tensors = [*distiller.named_parameters(), *distiller.named_buffers()]
+    return {
+        name: _unsharded(tensor.detach()).cpu()
+        for name, tensor in tensors
+        if name in names and (tensor.requires_grad or not adapters_only)
+    }
+
+
+def save_state(distiller: Distiller, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write student and projections; state: `gathered_state`."""
+    student = None
+    projections: dict[str, Tensor] = {**distiller.projection_parameters()}
+    if state is not None:
+        prefix = "student."
+        student = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        projections = {
+            name: state[name if name.startswith("kd.") else f"cross_cot.{name}"]
+            for name in projections
+        }
+    save_student(distiller.student, folder, student)
+    if projections:
+        tensors = {name: p.detach().contiguous().cpu() for name, p in projections.items()}
+        save_file(tensors, folder / PROJECTIONS_FILE)
+
+
+@torch.no_grad()
+def load_state(distiller: Distiller, folder: Path) -> None:
+    """Read what `save_state` wrote; a sharded distiller takes its shards, on all processes."""
+    pairs = list(saved_tensors(distiller.student, str(folder)))
+    projections = distiller.projection_parameters()
+    if projections:
+        saved = load_file(folder / PROJECTIONS_FILE)
+        pairs += [(parameter, saved[name]) for name, parameter in projections.items()]
+    for ours, theirs in pairs:
+        if isinstance(ours, DTensor):
+            theirs = distribute_tensor(theirs.to(ours.device), ours.device_mesh, ours.placements)
+        ours.copy_(theirs)
+
+
+def _unsharded(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 SHOWN_PARTS = ("loss", "ce", "kd", "ot", "eval_loss")
 
 
 class Progress(ProgressCallback):
-    """Trainer's progress bar, with the parts of the loss on it instead of whole log entries."""
+    """Trainer's progress bar, with the parts of the loss on it instead of whole log entries.
+
+    As a context manager it closes the bar of a run that stops, before anything else is printed.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        if self.training_bar is not None:
+            self.training_bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         """Show the last values of SHOWN_PARTS."""
@@ -569,6 +828,33 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
+class Termination(TrainerCallback):
+    """Lets the step end that a SIGTERM comes in, and saves. A context manager around training.
+
+    requested: this process got the signal; agreed: some process did, known to all of them.
+    """
+
+    requested = False
+    agreed = False
+
+    def __enter__(self) -> None:
+        self._handles = threading.current_thread() is threading.main_thread()
+        if self._handles:
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Ask for a checkpoint and for the end."""
+        if self.agreed:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
 class LogCheckpoints(TrainerCallback):
     """Logs the last step and every checkpoint's: a resumed run begins where a log entry ends."""
 
@@ -584,7 +870,8 @@ def _open_output(config: TrainConfig, main_process: bool) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {config.output} is a file, expected a folder")
     if config.resume:
-        return _last_checkpoint(folder)
+        checkpoints = _checkpoints(folder)
+        return str(checkpoints[-1]) if checkpoints else None
     if main_process and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"output folder {config.output} is not empty; choose another, or --resume to continue"
@@ -599,11 +886,45 @@ def _check_backend(config: DistillConfig, device: torch.device) -> None:
         raise UserError(f"setting 'ot_backend': {error}") from None
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    # trainer_state.json is written last: without it the checkpoint was cut short.
-    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest)
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first; removing an old one may have been cut short."""
+    found = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write files in; they appear in `folder` when all of them are written."""
+    partial = folder / PARTIAL_FOLDER
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _written(what: str) -> Iterator[None]:
+    """Files that cannot be written are the user's to hear of, in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be written: {one_line(error)}") from None
+
+
+def _trackers(config: TrainConfig) -> list[str]:
+    names = [name for name in config.report_to if name != "none"]
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = nearest(name, INTEGRATION_TO_CALLBACK)
+            raise UserError(f"setting 'report_to': unknown tracker {name!r}{near}")
+        if name not in installed:
+            raise UserError(f"setting 'report_to': the package of {name!r} is not installed")
+    return names
 
 
 def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:
@@ -621,9 +942,13 @@ def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distil
         check_packing(distiller.student, name)
         if isinstance(config, DistillConfig) and distiller.teacher and not config.teacher_cache:
             check_packing(distiller.teacher, config.teacher)
+    if config.lora_r:
+        distiller.student = add_lora(distiller.student, config)  # type: ignore[assignment]
     if config.gradient_checkpointing:
         student = distiller.student
         # transformers renamed the method in 5.x and warns about the old name.
         enable = getattr(student, "activation_checkpointing_enable", None)
         (enable or student.gradient_checkpointing_enable)()
+    if config.torch_compile:
+        body_of(distiller.student).compile()
     return distiller

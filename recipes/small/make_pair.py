@@ -69,7 +69,7 @@ def main(rows_file: str, folder: Path) -> None:
     rows = read_rows(rows_file)
     texts = [text for row in rows for text in (row.instruction, row.input, row.response(False))]
     # Every text begins with a template: often enough in the corpus that it takes few tokens.
-    texts += 50 * list(vars(PROMPT_FORMATS["alpaca"]).values())
+    texts += 50 * list(vars(PROMPT_FORMATS["paper"]).values())
     torch.manual_seed(0)
     tokenizer = byte_level_bpe(texts)
     student = GPT2LMHeadModel(

@@ -27,7 +27,7 @@ class Pair:
         }
         self.encoders = {
             side: TextEncoder(
-                tokenizer, prompt_format="alpaca", max_length=MAX_LENGTH, max_prompt_length=160
+                tokenizer, prompt_format="paper", max_length=MAX_LENGTH, max_prompt_length=160
             )
             for side, tokenizer in tokenizers.items()
         }

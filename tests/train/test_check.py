@@ -182,6 +182,21 @@ def test_a_cache_takes_the_teachers_place(distill_settings, workspace, tmp_path)
     assert cached["memory"].peak < live["memory"].peak
 
 
+def test_adapters(distill_settings) -> None:
+    """Few weights are trained: little of gradients and averages, in the same order of a run."""
+    settings = {**distill_settings, "device": "cpu"}
+    full, adapters = (
+        check(build(CheckConfig, {**settings, **more}).checked(), steps=1)
+        for more in ({}, {"lora_r": 2})
+    )
+    trained = {name: count for name, (_, count) in adapters["parameters"].items()}
+    assert 0 < trained["student"] < full["parameters"]["student"][1] / 5
+    bytes_trained = 4 * (trained["student"] + trained["projections"])
+    assert adapters["memory"].items["gradients"] == bytes_trained
+    assert adapters["memory"].items["optimizer"] == 2 * bytes_trained
+    assert len(adapters["dry_run"]) == 1
+
+
 def test_suggestions_and_refusals(distill_settings, capsys) -> None:
     config = build(CheckConfig, {**distill_settings, "device": "cpu"}).checked()
     one, two = (check(config, steps=0, processes=n)["memory"] for n in (1, 2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 
+from cot2align.train.config import UserError
 from cot2align.train.data import (
     PROMPT_FORMATS,
     Row,
@@ -26,7 +28,7 @@ def tokenizer(request):
     return byte_level_bpe() if request.param == "bpe" else unigram()
 
 
-def encoder(tokenizer, max_length=MAX_LENGTH, max_prompt_length=160, prompt_format="alpaca"):
+def encoder(tokenizer, max_length=MAX_LENGTH, max_prompt_length=160, prompt_format="paper"):
     return TextEncoder(
         tokenizer,
         prompt_format=prompt_format,
@@ -40,19 +42,19 @@ def row_of(**fields) -> Row:
 
 
 def test_prompts_are_those_of_the_paper() -> None:
-    prompts = PROMPT_FORMATS["alpaca"]
+    prompts = PROMPT_FORMATS["paper"]
     plain, with_input = row_of(instruction="Add."), row_of(instruction="Add.", input="1, 2")
-    assert prompts.template(with_input, False).format(instruction="Add.", input="1, 2") == (
+    assert prompts.text(with_input, False) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"
     )
-    assert prompts.template(plain, False).format(instruction="Add.", input="") == (
+    assert prompts.text(plain, False) == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
-    assert prompts.template(with_input, True).format(instruction="Add.", input="1, 2") == (
+    assert prompts.text(with_input, True) == (
         "Below is an instruction that describes a task. Write a response with reasoning step by "
         "step that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\nLet's think step by step.\n"
@@ -82,28 +84,55 @@ def test_prompt_and_response_are_tokenised_apart(tokenizer, workspace) -> None:
     texts, cuts = encoder(tokenizer).texts(rows, is_cot=False)
     assert (cuts.texts, cuts.prompts, cuts.responses) == (12, 0, 0)
     for row, text in zip(rows, texts, strict=True):
-        prompt = PROMPT_FORMATS["alpaca"].template(row, False)
-        prompt = prompt.format(instruction=row.instruction, input=row.input)
+        prompt = PROMPT_FORMATS["paper"].text(row, False)
         assert text.ids[: text.prompt_length] == tokenizer(prompt)["input_ids"]
         response = tokenizer(row.outputs[0], add_special_tokens=False)["input_ids"]
         assert text.response_ids == [*response, tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("is_cot", [False, True])
-@pytest.mark.parametrize("prompt_format", ["alpaca", "short"])
+@pytest.mark.parametrize("prompt_format", list(PROMPT_FORMATS))
 def test_a_long_prompt_is_cut_in_its_input_only(tokenizer, prompt_format, is_cot) -> None:
     words = " ".join(f"fact{i}" for i in range(200))
     row = row_of(instruction="Count the facts.", input=words, output="200", rationale="Many.")
     budget = 160
+    template = PROMPT_FORMATS[prompt_format].template(row, is_cot)
+    if prompt_format == "chat":
+        tokenizer = with_chat_template(tokenizer)
+        template = f"User: {template}\nAssistant: "
     (ids,), cut = encoder(tokenizer, prompt_format=prompt_format).prompts([row], is_cot, [budget])
     assert cut == 1
     assert budget - 8 <= len(ids) <= budget
-    template = PROMPT_FORMATS[prompt_format].template(row, is_cot)
     head, tail = template.format(instruction=row.instruction, input="\0").split("\0")
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert text.startswith(head.strip())
     assert text.endswith(tail)
     assert words.startswith(text[text.index("fact0") : -len(tail)])
+
+
+def with_chat_template(tokenizer):
+    """A copy that surrounds a user's message."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token or '' }}{% for message in messages %}"
+        "{{ 'User: ' + message['content'] + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_chat_template_writes_the_special_tokens_once(tokenizer) -> None:
+    tokenizer = with_chat_template(tokenizer)
+    row = row_of(instruction="Add.", input="1, 2")
+    (ids,), _ = encoder(tokenizer, prompt_format="chat").prompts([row], True, [160])
+    text = "User: Add.\n\n1, 2\n\nLet's think step by step.\nAssistant: "
+    assert ids == tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False).input_ids
+    assert ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tokenizer) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        encoder(tokenizer, prompt_format="chat")
 
 
 def test_a_long_instruction_is_cut_where_there_is_no_input(tokenizer) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from cot2align.train.augment import rationale_of
-from cot2align.train.config import EvaluateConfig, build
+from cot2align.train.config import EvaluateConfig, UserError, build
 from cot2align.train.data import read_rows
-from cot2align.train.evaluate import answer_of, exact_match, rouge_l, run
+from cot2align.train.evaluate import answer_of, exact_match, repetition, rouge_l, run, scorer
 from cot2align.train.generation import Generator
 from tests.conftest import cli, options, sample_rows, write_rows
 
@@ -118,11 +118,24 @@ def test_answers_and_scores() -> None:
     assert rouge_l("sums were four", ["nothing", "sum is were right"]) == pytest.approx(400 / 7)
 
 
+def test_repetition_is_the_share_of_sequences_seen_before() -> None:
+    assert repetition("one two three") == 0
+    assert repetition("a b c d e f") == 0
+    assert repetition("a b c d a b c d") == pytest.approx(100 * (1 - 4 / 5))
+
+
+def test_rouge_of_other_scripts_needs_another_tokenizer() -> None:
+    answer, references = "今天 天气 很 好", ["今天 天气 不 好"]
+    assert scorer()(answer, references) == 0
+    assert scorer("words")(answer, references) == pytest.approx(75)
+    assert scorer("characters")(answer, references) == pytest.approx(100 * 5 / 6)
+
+
 @pytest.fixture
 def generator(workspace) -> Generator:
     settings = {"data": workspace.test, "output": "unused", "device": "cpu"}
     limits = {"max_length": 256, "max_new_tokens": 24, "batch_size": 3}
-    return Generator(build(EvaluateConfig, {"model": workspace.teacher, **settings, **limits}))
+    return Generator.load(build(EvaluateConfig, {"model": workspace.teacher, **settings, **limits}))
 
 
 def test_batched_greedy_text_is_that_of_each_row_alone(generator, workspace) -> None:
@@ -176,4 +189,30 @@ def test_evaluate(workspace, tmp_path) -> None:
         spread = abs(means[0] - means[1]) / 2**0.5
         assert results[prompt]["rouge_l_std"] == pytest.approx(spread)
         assert 5 < results[prompt]["loss"] < 8
+    assert 0 < results["cot"]["length"] <= 16
     assert cli("evaluate", **{k: v for k, v in settings.items() if isinstance(v, str)}) == 2
+    # A run that was killed: a line is torn, a batch is missing.
+    output = tmp_path / "results"
+    (output / "predictions.jsonl").write_text("\n".join([*lines[:7], lines[7][:20]]))
+    (output / "results.json").unlink()
+    resumed = run(build(EvaluateConfig, {**settings, "device": "cpu", "resume": True}))
+    assert resumed == results
+    assert (output / "predictions.jsonl").read_text().splitlines() == lines
+    with pytest.raises(UserError, match="evaluation with other settings"):
+        run(build(EvaluateConfig, {**settings, "device": "cpu", "resume": True, "seeds": [10]}))
+
+
+def test_evaluate_on_several_sets(workspace, tmp_path) -> None:
+    for name, count in (("one", 3), ("two", 4)):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        write_rows(tmp_path / "sets" / name / "test.jsonl", sample_rows(count))
+    settings = {"model": workspace.student, "max_length": 256, "max_new_tokens": 8, "seeds": ""}
+    settings |= {"data": tmp_path / "sets", "on": "one,two"}
+    assert cli("evaluate", output=tmp_path / "scores", **settings) == 0
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert {name: scores["rows"] for name, scores in results["sets"].items()} == {
+        "one": 3,
+        "two": 4,
+    }
+    assert cli("evaluate", output=tmp_path / "x", **{**settings, "on": "one,three"}) == 2
+    assert not (tmp_path / "x").exists()

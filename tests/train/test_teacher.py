@@ -20,7 +20,7 @@ from cot2align.train.data import model_batch
 from cot2align.train.models import load_model, load_tokenizer
 from cot2align.train.teacher import TeacherCache, _texts, load_shell, teacher_states
 from cot2align.train.token_states import token_states
-from tests.conftest import cli, options, sample_rows, write_rows
+from tests.conftest import cli, log_of, options, sample_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -259,9 +259,9 @@ def test_a_killed_cache_goes_on(workspace, cache_settings, tmp_path, capsys):
 def test_a_cache_of_other_settings_is_refused(refused, caches, workspace, tmp_path, capsys):
     cache = caches(workspace.teacher, layers="last")
     line = refused(
-        cache, prompt_format="short", max_length=255, max_prompt_length=150, teacher_dtype="float16"
+        cache, prompt_format="raw", max_length=255, max_prompt_length=150, teacher_dtype="float16"
     )
-    assert "prompt_format is alpaca in the cache and short here" in line
+    assert "prompt_format is paper in the cache and raw here" in line
     assert "max_length is 256 in the cache and 255 here" in line
     assert "max_prompt_length is 160 in the cache and 150 here" in line
     assert "teacher_dtype is float32 in the cache and float16 here" in line
@@ -291,6 +291,35 @@ def test_weights_trained_further_are_another_teacher(refused, caches, workspace,
     line = refused(caches(workspace.teacher, layers="last"), teacher=folder)
     assert "model.safetensors of the teacher is not that of" in line
     assert "tokenizer.json" not in line
+
+
+def test_the_teacher_may_be_elsewhere(caches, workspace, distill_settings, tmp_path, capsys):
+    cache = caches(workspace.teacher, layers="last")
+    for number, name in enumerate(("/nowhere/teacher", "nobody/teacher")):
+        settings = {**distill_settings, "teacher": name, "teacher_cache": cache, "max_steps": 1}
+        assert cli("distill", output=tmp_path / str(number), **settings) == 0
+        assert f"{name} is not here to be compared with its cache" in capsys.readouterr().out
+
+
+def test_a_teacher_with_an_adapter(workspace, cache_settings, distill_settings, tmp_path):
+    """It is merged, and known by its own files and its base's."""
+    tuned = {**distill_settings, "model": workspace.teacher, "lora_r": 4, "learning_rate": 0.1}
+    for name in ("student", "teacher", "ot_iters", "ot_tol"):
+        tuned.pop(name)
+    assert cli("sft", output=tmp_path / "adapter", **tuned) == 0
+    teacher = tmp_path / "adapter"
+    settings = {**cache_settings, "teacher": teacher, "cache_dtype": "float32"}
+    assert cli("cache", output=tmp_path / "cache", **settings) == 0
+    files = TeacherCache(tmp_path / "cache").facts["files"]
+    assert {"adapter_model.safetensors", "model.safetensors of the base"} <= files.keys()
+    given = {**distill_settings, "teacher": teacher}
+    assert cli("distill", output=tmp_path / "live", **given) == 0
+    cached = {**given, "teacher_cache": tmp_path / "cache"}
+    assert cli("distill", output=tmp_path / "cached", **cached) == 0
+    for ours, theirs in zip(log_of(tmp_path / "cached"), log_of(tmp_path / "live"), strict=True):
+        assert ours["ot"] == pytest.approx(theirs["ot"], rel=1e-5)
+    plain = {**given, "teacher": workspace.teacher, "teacher_cache": tmp_path / "cache"}
+    assert cli("distill", output=tmp_path / "other", **plain) == 2
 
 
 def test_missing_rows_are_counted_and_named(

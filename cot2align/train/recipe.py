@@ -1,0 +1,557 @@
+"""The command `run`: a whole study from one file, to one table.
+
+A recipe names the data, the teachers, and a student for each method and seed. It is planned as
+stages, each one of the other commands with its settings:
+
+    data             prepare      unless the recipe names files
+    models/NAME      new-model    untrained models, where the recipe asks for them
+    teachers/NAME    sft
+    rationales       augment      by the first teacher
+    tuning/METHOD/SETTING-VALUE   distill or sft, tries on the validation rows
+    students/METHOD/seed-N        distill or sft
+    scores/...       evaluate     every teacher and student
+    judge/METHOD     judge
+
+Every setting of every stage is checked before the first one starts. A stage's name is its folder;
+`stages/` holds its settings as a YAML file that the command itself takes, and a record of what it
+was made from: its settings, the stages before it and the contents of the files it reads. A stage
+whose record is the same is not run again, one that was interrupted goes on where it was, and one
+that has changed is run anew, with the old folder moved to `replaced/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cot2align.train.__main__ import COMMANDS, config_class, run_module
+from cot2align.train.config import RecipeConfig, UserError, build, merged, nearest, to_yaml
+from cot2align.train.files import write_whole
+
+RECIPE_FILE = "recipe.yaml"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
+TRAININGS = ("sft", "distill")
+RESUMABLE = (*TRAININGS, "augment", "evaluate", "judge")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command with its settings; `needs` names the stages whose output it reads.
+
+    tries: stages that differ in `tuned` alone, whose best value this one takes.
+    """
+
+    name: str
+    command: str
+    settings: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    tries: tuple[str, ...] = ()
+    tuned: str = ""
+
+    @property
+    def slug(self) -> str:
+        return self.name.replace("/", "-")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a recipe, each after those that it needs.
+
+    titles: of each teacher and method, in the report's order. scores, trainings: by its name, then
+    by training seed (None for a teacher), the stage that evaluates or trains it; a teacher that is
+    used as it is has no training.
+    """
+
+    folder: Path
+    stages: tuple[Stage, ...]
+    titles: dict[str, str]
+    scores: dict[str, dict[int | None, Stage]]
+    trainings: dict[str, dict[int | None, Stage]]
+
+
+def run(config: RecipeConfig) -> dict[str, Any]:
+    """Run what is not finished, then write the report; returns `report.collect`'s results.
+
+    Raises UserError.
+    """
+    from cot2align.train import report
+
+    plan = make_plan(config)
+    with _locked(plan.folder):
+        write_whole(plan.folder / RECIPE_FILE, to_yaml(config))
+        _Runner(plan, config).run()
+        return report.write(plan)
+
+
+def make_plan(config: RecipeConfig) -> Plan:
+    """The recipe's stages. Raises UserError, naming the section, for whatever is wrong in it."""
+    return _Planner(config).plan()
+
+
+Needs = tuple[str, ...]  # names of stages
+
+
+class _Planner:
+    """Adds the stages section by section, each checked as it is added."""
+
+    def __init__(self, config: RecipeConfig):
+        _check_sections(config)
+        self.config = config
+        self.folder = Path(config.output)
+        self.common = {"device": config.device, **config.common}
+        self.stages: list[Stage] = []
+        self.titles: dict[str, str] = {}
+        self.trainings: dict[str, dict[int | None, Stage]] = {}
+        self.scores: dict[str, dict[int | None, Stage]] = {}
+        self.teachers: dict[str, tuple[str, Needs]] = {}  # name -> its model, what makes it
+
+    def plan(self) -> Plan:
+        config = self.config
+        data, data_needs = self.data()
+        for name, settings in config.models.items():
+            made = settings | {"data": data["train"], "output": self.path("models", name)}
+            self.add(f"models/{name}", "new-model", made, data_needs)
+        names = {"train": "train", "eval": "validation"}
+        rows = {setting: data[name] for setting, name in names.items() if name in data}
+        for name in self.used_teachers():
+            self.teacher(name, dict(config.teachers[name]), rows, data_needs)
+        rows_needs = data_needs
+        if config.rationales is not None:
+            rows["train"], rows_needs = self.rationales(data["train"], data_needs)
+        for name, (model, needs) in self.teachers.items():
+            stage = self.evaluation(f"teachers/{name}", model, data, (*data_needs, *needs))
+            self.scores[name] = {None: stage}
+        for name in config.only or config.methods:
+            settings = config.methods[name]
+            self.method(name, dict(settings), data, rows, rows_needs)
+        return Plan(self.folder, tuple(self.stages), self.titles, self.scores, self.trainings)
+
+    def add(
+        self, name: str, command: str, settings: dict[str, Any], needs: Needs, **tuning: Any
+    ) -> Stage:
+        known = _known(command)
+        shared = {key: value for key, value in self.common.items() if key in known}
+        stage = Stage(name, command, merged(shared, settings), needs, **tuning)
+        _built(stage, stage.settings)
+        self.stages.append(stage)
+        return stage
+
+    def path(self, *names: str) -> str:
+        return str(self.folder.joinpath(*names))
+
+    def data(self) -> tuple[dict[str, str], Needs]:
+        """The files train, validation (where there is one) and test, and what makes them."""
+        given = self.config.data
+        if "source" in given:
+            self.add("data", "prepare", given | {"output": self.path("data")}, ())
+            return {name: self.path("data", f"{name}.jsonl") for name in SPLITS}, ("data",)
+        for name in given:
+            if name not in SPLITS:
+                raise UserError(f"section 'data': unknown setting {name!r}{nearest(name, SPLITS)}")
+        for name in ("train", "test"):
+            if name not in given:
+                raise UserError(f"section 'data': setting {name!r} is missing (a JSON Lines file)")
+        for name, path in given.items():
+            if not Path(str(path)).exists():
+                raise UserError(f"section 'data': {name}: no file {path}")
+        return {name: str(path) for name, path in given.items()}, ()
+
+    def model(self, name: str) -> tuple[str, Needs]:
+        """A model of the recipe or, else, a folder or hub name; and what makes it."""
+        if name in self.config.models:
+            return self.path("models", name), (f"models/{name}",)
+        return name, ()
+
+    def used_teachers(self) -> list[str]:
+        """All of them or, with `only`, the first where it writes rationales and the methods'."""
+        names = list(self.config.teachers)
+        if not self.config.only:
+            return names
+        used = {self.config.methods[name].get("teacher", *names[:1]) for name in self.config.only}
+        writes = names[:1] if self.config.rationales is not None else []
+        return [name for name in names if name in used or name in writes]
+
+    def teacher(
+        self, name: str, settings: dict[str, Any], rows: dict[str, str], needs: Needs
+    ) -> None:
+        default = name if "teacher" in name else f"teacher {name}"
+        self.titles[name] = str(settings.pop("title", default))
+        is_trained = settings.pop("sft", True)
+        if not isinstance(is_trained, bool):
+            raise UserError(f"section 'teachers.{name}': sft: expected true or false")
+        if "model" not in settings:
+            raise UserError(f"section 'teachers.{name}': setting 'model' is missing")
+        settings["model"], model_needs = self.model(str(settings["model"]))
+        if not is_trained:
+            self.teachers[name] = settings["model"], model_needs
+            return
+        output = self.path("teachers", name)
+        settings = {"seed": self.config.seeds[0], **rows, **settings, "output": output}
+        stage = self.add(f"teachers/{name}", "sft", settings, (*needs, *model_needs))
+        self.trainings[name] = {None: stage}
+        self.teachers[name] = output, (stage.name,)
+
+    def rationales(self, train: str, needs: Needs) -> tuple[str, Needs]:
+        """The rows with the first teacher's rationales, and what makes them."""
+        if not self.teachers:
+            raise UserError("section 'rationales' needs a teacher; section 'teachers' is empty")
+        model, model_needs = next(iter(self.teachers.values()))
+        output = self.path("rationales", "train.jsonl")
+        settings = {"seed": self.config.seeds[0], **(self.config.rationales or {})}
+        settings |= {"model": model, "data": train, "output": output}
+        self.add("rationales", "augment", settings, (*needs, *model_needs))
+        return output, ("rationales",)
+
+    def evaluation(self, name: str, model: str, data: dict[str, str], needs: Needs) -> Stage:
+        settings = {"data": data["test"], **self.config.evaluate}
+        settings |= {"model": model, "output": self.path("scores", name)}
+        return self.add(f"scores/{name}", "evaluate", settings, needs)
+
+    def method(
+        self,
+        name: str,
+        own: dict[str, Any],
+        data: dict[str, str],
+        rows: dict[str, str],
+        needs: Needs,
+    ) -> None:
+        self.titles[name] = str(own.pop("title", name))
+        command = str(own.pop("command", "distill"))
+        if command not in TRAININGS:
+            raise UserError(
+                f"section 'methods.{name}': expected command sft or distill, got {command!r}"
+            )
+        settings = rows | _shared(self.config.students, command) | own
+        side = "student" if command == "distill" else "model"
+        if side not in settings:
+            raise UserError(f"section 'students': setting 'student' is missing (for {name})")
+        settings[side], model_needs = self.model(str(settings[side]))
+        needs += model_needs
+        if command == "distill":
+            teacher = settings.get("teacher", next(iter(self.teachers), None))
+            if teacher is None:
+                raise UserError(f"method {name}: no teacher; section 'teachers' is empty")
+            settings["teacher"], teacher_needs = self.teachers.get(str(teacher)) or self.model(
+                str(teacher)
+            )
+            needs += teacher_needs
+        tuning = self.tries(name, command, settings, own, needs)
+        self.trainings[name], self.scores[name] = {}, {}
+        for seed in self.config.seeds:
+            output = self.path("students", name, f"seed-{seed}")
+            stage = self.add(
+                f"students/{name}/seed-{seed}",
+                command,
+                settings | {"seed": seed, "output": output},
+                (*needs, *tuning.get("tries", ())),
+                **tuning,
+            )
+            self.trainings[name][seed] = stage
+            self.scores[name][seed] = self.evaluation(
+                f"{name}/seed-{seed}", output, data, (stage.name,)
+            )
+
+    def tries(
+        self, name: str, command: str, settings: dict[str, Any], own: dict[str, Any], needs: Needs
+    ) -> dict[str, Any]:
+        """Add a try for every value; Stage's `tries` and `tuned`, or nothing to tune."""
+        tune = dict(self.config.tune)
+        lists = [key for key, value in tune.items() if isinstance(value, list)]
+        if not tune or (len(lists) == 1 and lists[0] in own):
+            return {}
+        if len(lists) != 1:
+            raise UserError(
+                f"section 'tune': expected one setting with a list of values, got {len(lists)}"
+            )
+        if "eval" not in settings:
+            raise UserError("section 'tune' needs validation rows; section 'data' has none")
+        (setting,) = lists
+        stages = []
+        for value in tune.pop(setting):
+            output = self.path("tuning", name, f"{setting}-{value}")
+            stage_settings = settings | tune | {setting: value, "output": output}
+            stage_settings |= {"seed": self.config.seeds[0]}
+            stages.append(
+                self.add(f"tuning/{name}/{setting}-{value}", command, stage_settings, needs).name
+            )
+        return {"tries": tuple(stages), "tuned": setting}
+
+
+SPLITS = ("train", "validation", "test")
+
+
+def _check_sections(config: RecipeConfig) -> None:
+    if not config.methods:
+        raise UserError("section 'methods' is empty: nothing to train")
+    if not config.seeds:
+        raise UserError("setting 'seeds' is empty: nothing to train")
+    for kind in ("models", "teachers", "methods"):
+        for name, settings in getattr(config, kind).items():
+            if not NAME.fullmatch(str(name)):
+                raise UserError(
+                    f"section {kind!r}: {name!r} names a folder: letters, digits, + . _ - only"
+                )
+            if not isinstance(settings, dict):
+                raise UserError(
+                    f"section '{kind}.{name}': expected `name: value` lines, got {settings!r}"
+                )
+    for name in config.only:
+        if name not in config.methods:
+            raise UserError(f"'only': unknown method {name!r}{nearest(name, config.methods)}")
+    for name in config.methods:
+        if name in config.teachers:
+            raise UserError(f"{name!r} is a teacher and a method; choose two names")
+    known = {name for command in STAGE_COMMANDS for name in _known(command)}
+    for name in config.common:
+        if name not in known:
+            raise UserError(f"section 'common': unknown setting {name!r}{nearest(name, known)}")
+    known = {name for command in TRAININGS for name in _known(command)}
+    for name in config.students:
+        if name not in known:
+            raise UserError(f"section 'students': unknown setting {name!r}{nearest(name, known)}")
+
+
+def best_try(folder: Path, tries: Sequence[str]) -> str:
+    """The name of the try with the least cross entropy on the validation rows at its end."""
+    from cot2align.train.trainer import METRICS_FILE
+
+    losses = {}
+    for name in tries:
+        entries = [*map(json.loads, (folder / name / METRICS_FILE).read_text().splitlines())]
+        losses[name] = [entry["eval_ce"] for entry in entries if "eval_ce" in entry][-1]
+    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise UserError(f"no try of {', '.join(tries)} has a finite validation loss")
+    return min(finite, key=finite.__getitem__)
+
+
+STAGE_COMMANDS = [command for command in COMMANDS if command not in ("run", "demo")]
+
+
+def _built(stage: Stage, settings: dict[str, Any]) -> Any:
+    try:
+        return build(config_class(stage.command), settings)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def _known(command: str) -> set[str]:
+    return {f.name for f in fields(config_class(command))}
+
+
+def _shared(students: dict[str, Any], command: str) -> dict[str, Any]:
+    """The settings of the section `students` that the command has."""
+    settings = dict(students)
+    if command == "sft" and "student" in settings:
+        settings["model"] = settings.pop("student")
+    return {name: value for name, value in settings.items() if name in _known(command)}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The study's folder, new, empty or a study already, for this process alone."""
+    import fcntl
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file, expected a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE_FILE).is_file():
+        raise UserError(f"output folder {folder} is not empty and holds no study; choose another")
+    (folder / "stages").mkdir(parents=True, exist_ok=True)
+    with (folder / "stages" / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is at work on {folder}") from None
+        yield
+
+
+class _Runner:
+    """Runs a plan's stages, one after the other or several at a time."""
+
+    def __init__(self, plan: Plan, config: RecipeConfig):
+        self.plan = plan
+        self.config = config
+        self.keys: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
+        self.children: set[subprocess.Popen] = set()
+        self.begin = time.perf_counter()
+
+    def run(self) -> None:
+        waiting = list(self.plan.stages)
+        finished: set[str] = set()
+        running: dict[Future, Stage] = {}
+        with ThreadPoolExecutor(self.config.jobs) as pool:
+            try:
+                while waiting or running:
+                    ready = [s for s in waiting if finished.issuperset(s.needs)]
+                    for stage in ready[: self.config.jobs - len(running)]:
+                        waiting.remove(stage)
+                        work = self._start(stage, len(finished) + len(running) + 1)
+                        if work is None:
+                            finished.add(stage.name)
+                        elif self._in_process(stage):
+                            work()
+                            finished.add(stage.name)
+                        else:
+                            running[pool.submit(work)] = stage
+                    if running:
+                        done, _ = wait(running, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            future.result()
+                            finished.add(running.pop(future).name)
+            except BaseException:
+                for child in self.children:
+                    child.terminate()
+                raise
+
+    def _in_process(self, stage: Stage) -> bool:
+        return self.config.jobs == 1 and not self._launcher(stage)
+
+    def _launcher(self, stage: Stage) -> list[str]:
+        return shlex.split(self.config.launcher or "") if stage.command in TRAININGS else []
+
+    def _start(self, stage: Stage, number: int) -> Any:
+        """What there is to do for a stage, or None where it is finished."""
+        settings = dict(stage.settings)
+        if stage.tries:
+            settings[stage.tuned] = read_settings(
+                self.plan.folder, best_try(self.plan.folder, stage.tries)
+            )[stage.tuned]
+        path = self._path(stage, "yaml")
+        key = self._key(stage, settings)
+        self.keys[stage.name] = key
+        record = read_record(self.plan.folder, stage)
+        elapsed = time.perf_counter() - self.begin
+        head = f"[{number}/{len(self.plan.stages)}] {stage.name}"
+        output = Path(settings["output"])
+        if record.get("key") == key and "seconds" in record and output.exists():
+            print(f"{head}: finished before", flush=True)
+            return None
+        if output.exists():
+            self._make_room(stage, output, same=record.get("key") == key)
+        print(f"{head}: {stage.command} ({elapsed:.0f} s elapsed)", flush=True)
+        write_whole(path, yaml.safe_dump(settings, sort_keys=False))
+        self._record(stage, {"key": key})
+
+        def work() -> None:
+            start = time.perf_counter()
+            if self._in_process(stage):
+                self._call(stage, settings)
+            else:
+                self._spawn(stage, path)
+            self._record(stage, {"key": key, "seconds": round(time.perf_counter() - start, 1)})
+
+        return work
+
+    def _make_room(self, stage: Stage, output: Path, *, same: bool) -> None:
+        """Before a stage is run: move another run's output away, delete an unfinished one that
+        cannot be continued."""
+        target = output.parent if stage.command == "augment" else output
+        if not same:
+            taken = [path.name for path in (self.plan.folder / "replaced").glob(f"{stage.slug}.*")]
+            (self.plan.folder / "replaced").mkdir(exist_ok=True)
+            moved = self.plan.folder / "replaced" / f"{stage.slug}.{len(taken) + 1}"
+            os.replace(target, moved)
+            print(f"{stage.name} has changed; the old one is now {moved}", flush=True)
+        elif stage.command not in RESUMABLE:
+            shutil.rmtree(target)
+
+    def _call(self, stage: Stage, settings: dict[str, Any]) -> None:
+        resume = {"resume": True} if stage.command in RESUMABLE else {}
+        config = _built(stage, settings | resume)
+        try:
+            run_module(stage.command).run(config)
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+
+    def _spawn(self, stage: Stage, path: Path) -> None:
+        words = [*(self._launcher(stage) or [sys.executable]), "-m", "cot2align.train"]
+        words += [stage.command, "--config", str(path)]
+        words += ["--resume"] if stage.command in RESUMABLE else []
+        threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
+        log = self._path(stage, "log")
+        with log.open("a", encoding="utf-8") as file:
+            child = subprocess.Popen(
+                words,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            )
+            self.children.add(child)
+            code = child.wait()
+            self.children.discard(child)
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        if code:
+            reason = last[0].removeprefix("error: ") if last else "no output"
+            raise UserError(f"stage {stage.name}: exit code {code}: {reason} (see {log})")
+        print(f"{stage.name}: {last[0] if last else 'done'}", flush=True)
+
+    def _key(self, stage: Stage, settings: dict[str, Any]) -> str:
+        values = [value for value in settings.values() if isinstance(value, str)]
+        made = {
+            "command": stage.command,
+            "settings": {k: v for k, v in settings.items() if k not in ("output", "device")},
+            "needs": [self.keys[name] for name in stage.needs],
+            "files": {value: self._hash(value) for value in values if self._is_outside(value)},
+        }
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _is_outside(self, value: str) -> bool:
+        path = Path(value)
+        inside = self.plan.folder.resolve() in path.resolve().parents
+        return path.exists() and not inside
+
+    def _hash(self, value: str) -> str:
+        if value not in self.hashes:
+            self.hashes[value] = _content_hash(Path(value))
+        return self.hashes[value]
+
+    def _path(self, stage: Stage, ending: str) -> Path:
+        return self.plan.folder / "stages" / f"{stage.slug}.{ending}"
+
+    def _record(self, stage: Stage, record: dict[str, Any]) -> None:
+        write_whole(self._path(stage, "json"), json.dumps(record) + "\n")
+
+
+def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
+    """{"key", "seconds"} of a stage that is finished; "seconds" is missing of one that is not."""
+    path = folder / "stages" / f"{stage.slug}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """The settings that a stage was run with, also what was chosen for it by tries."""
+    path = folder / "stages" / f"{name.replace('/', '-')}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+LARGE = 1 << 26  # bytes; of larger files the size and the time stand for the content
+
+
+def _content_hash(path: Path) -> str:
+    total = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        state = file.stat()
+        total.update(str(file.relative_to(path)).encode() + b"\0")
+        if state.st_size > LARGE:
+            total.update(f"{state.st_size} {state.st_mtime_ns}".encode())
+        else:
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()

@@ -1,0 +1,313 @@
+"""Studies: planned whole before anything runs, resumed by content, reported in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cot2align.train import new_model
+from cot2align.train.config import NewModelConfig, RecipeConfig, UserError, build, from_sources
+from cot2align.train.recipe import best_try, make_plan, run
+from tests.conftest import cli, sample_rows, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("rows")
+    counts = {"train": 8, "validation": 3, "test": 4}
+    return {n: write_rows(folder / f"{n}.jsonl", sample_rows(k)) for n, k in counts.items()}
+
+
+def recipe(data, output, **sections) -> dict:
+    """Two new models, a teacher, a fine-tuned and a distilled student with tuning."""
+    return {
+        "output": str(output),
+        "device": "cpu",
+        "data": data,
+        "models": {
+            "large": {"shape": "llama", "tokenizer": "unigram", "pieces": 400, "width": 16}
+            | {"heads": 2, "layers": 1},
+            "small": {"pieces": 380, "width": 16, "heads": 2, "layers": 1},
+        },
+        "common": {
+            "max_length": 192,
+            "max_new_tokens": 8,
+            "max_prompt_length": 128,
+            "max_steps": 2,
+        },
+        "teachers": {"teacher": {"model": "large"}},
+        "students": {"student": "small", "ot_iters": 5},
+        "methods": {"sft": {"command": "sft"}, "uld": {"kd": "uld", "learning_rate": 1e-3}},
+        "tune": {"learning_rate": [1e-3, 1e-1], "max_steps": 1},
+        "evaluate": {"prompts": ["standard", "cot"], "seeds": []},
+        **sections,
+    }
+
+
+def planned(data, output, **sections):
+    return make_plan(build(RecipeConfig, recipe(data, output, **sections)))
+
+
+def test_plan(data, tmp_path) -> None:
+    plan = planned(data, tmp_path / "s", seeds=[10, 20], rationales={"max_new_tokens": 4})
+    assert [stage.name for stage in plan.stages] == [
+        *("models/large", "models/small", "teachers/teacher", "rationales"),
+        *("scores/teachers/teacher", "tuning/sft/learning_rate-0.001"),
+        *("tuning/sft/learning_rate-0.1", "students/sft/seed-10", "scores/sft/seed-10"),
+        *("students/sft/seed-20", "scores/sft/seed-20"),
+        *("students/uld/seed-10", "scores/uld/seed-10", "students/uld/seed-20"),
+        "scores/uld/seed-20",
+    ]
+    stages = {stage.name: stage for stage in plan.stages}
+    student = stages["students/uld/seed-20"]
+    assert student.settings == {
+        "device": "cpu",
+        "max_length": 192,
+        "max_prompt_length": 128,
+        "max_steps": 2,
+        "train": str(tmp_path / "s" / "rationales" / "train.jsonl"),
+        "eval": data["validation"],
+        "student": str(tmp_path / "s" / "models" / "small"),
+        "ot_iters": 5,
+        "kd": "uld",
+        "learning_rate": 1e-3,
+        "teacher": str(tmp_path / "s" / "teachers" / "teacher"),
+        "seed": 20,
+        "output": str(tmp_path / "s" / "students" / "uld" / "seed-20"),
+    }
+    assert set(student.needs) == {"rationales", "models/small", "teachers/teacher"}
+    assert "ot_iters" not in stages["students/sft/seed-10"].settings
+    assert not (tmp_path / "s").exists()
+
+
+def test_only_some_methods_and_the_teachers_that_they_use(data, tmp_path) -> None:
+    teachers = {"one": {"model": "large"}, "two": {"model": "large", "sft": False}}
+    methods = {"a": {}, "b": {"teacher": "two"}, "c": {"teacher": "some/hub-model"}}
+    sections = {"teachers": teachers, "methods": methods, "tune": {}}
+    names = [s.name for s in planned(data, tmp_path, only=["b"], **sections).stages]
+    assert names == [
+        *("models/large", "models/small", "scores/teachers/two"),
+        *("students/b/seed-10", "scores/b/seed-10"),
+    ]
+    stages = {s.name: s for s in planned(data, tmp_path, **sections).stages}
+    assert stages["students/c/seed-10"].settings["teacher"] == "some/hub-model"
+    assert stages["students/a/seed-10"].settings["teacher"] == str(tmp_path / "teachers" / "one")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"methods": {}}, "section 'methods' is empty"),
+        ({"methods": {"a/b": {}}}, "'a/b' names a folder"),
+        ({"methods": {"a": "uld"}}, "section 'methods.a': expected `name: value` lines, got 'uld'"),
+        (
+            {"methods": {"a": {"kd": "udl"}}},
+            "stage tuning/a/learning_rate-0.001: setting 'kd': unknown value",
+        ),
+        ({"methods": {"a": {"kdd": "uld"}}}, "unknown setting 'kdd'; did you mean 'kd'?"),
+        ({"methods": {"a": {"command": "train"}}}, "expected command sft or distill, got 'train'"),
+        ({"methods": {"teacher": {}}}, "'teacher' is a teacher and a method"),
+        ({"teachers": {}}, "method uld: no teacher"),
+        ({"teachers": {"t": {}}}, "section 'teachers.t': setting 'model' is missing"),
+        ({"students": {}}, "setting 'student' is missing"),
+        ({"students": {"studnet": "x"}}, "unknown setting 'studnet'; did you mean 'student'?"),
+        ({"common": {"max_lenght": 3}}, "unknown setting 'max_lenght'; did you mean 'max_length'?"),
+        ({"data": {"train": "x"}}, "section 'data': setting 'test' is missing"),
+        ({"data": {"train": "nowhere.jsonl", "test": "x"}}, "section 'data': test: no file x"),
+        ({"data": {"training": "x"}}, "unknown setting 'training'; did you mean 'train'?"),
+        ({"tune": {"learning_rate": 1e-3}}, "expected one setting with a list of values, got 0"),
+        ({"tune": {"learning_rate": ["high"]}}, "setting 'learning_rate': expected number"),
+        ({"seeds": []}, "setting 'seeds' is empty"),
+        ({"only": ["dskd"]}, "'only': unknown method 'dskd'"),
+        ({"evaluate": {"prompts": ["cott"]}}, "stage scores/teachers/teacher: setting 'prompts'"),
+        ({"rationales": {"temperature": 0}}, "setting 'temperature' must be greater than 0"),
+        ({"models": {"large": {"shape": "bert"}}}, "setting 'shape': unknown value 'bert'"),
+        ({"data": []}, "section 'data': expected `name: value` lines, got []"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_runs(
+    data, tmp_path, capsys, sections, said
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(data, tmp_path / "study") | sections))
+    assert cli("run", config=path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert not (tmp_path / "study").exists()
+
+
+def test_tuning_needs_validation_rows(data, tmp_path) -> None:
+    rows = {name: data[name] for name in ("train", "test")}
+    with pytest.raises(UserError, match="'tune' needs validation rows"):
+        planned(rows, tmp_path)
+
+
+def finished_times(study: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (study / "stages").glob("*.json")}
+
+
+def test_study(data, tmp_path, capsys) -> None:
+    study = tmp_path / "study"
+    results = run(build(RecipeConfig, recipe(data, study)))
+    assert set(results["models"]) == {"teacher", "sft", "uld"}
+    scores = results["models"]["uld"]["seeds"]["10"]["scores"]["test"]
+    assert scores["standard"]["loss"] > 0
+    # The try with the smaller loss on the validation rows was taken.
+    tries = [f"tuning/sft/learning_rate-{rate}" for rate in (0.001, 0.1)]
+    losses = []
+    for name in tries:
+        (entry,) = [
+            entry
+            for line in (study / name / "metrics.jsonl").read_text().splitlines()
+            if "eval_ce" in (entry := json.loads(line))
+        ]
+        losses.append(entry["eval_ce"])
+    assert best_try(study, tries) == tries[losses.index(min(losses))]
+    taken = yaml.safe_load((study / "students" / "sft" / "seed-10" / "config.yaml").read_text())
+    assert taken["learning_rate"] == (0.001, 0.1)[losses.index(min(losses))]
+    report = (study / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in report.splitlines()[:5]][2:] == [
+        *("teacher", "sft", "uld")
+    ]
+    with (study / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    (line,) = [
+        line
+        for line in lines
+        if (line["model"], line["prompt"], line["measure"]) == ("uld", "standard", "loss")
+    ]
+    assert float(line["mean"]) == scores["standard"]["loss"]
+    card = (study / "students" / "uld" / "seed-10" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == str(study / "models" / "small")
+    assert "kd: uld" in card
+
+    # Again: nothing is left to do. Then a setting of one method: what depends on it is run anew.
+    before = finished_times(study)
+    run(build(RecipeConfig, recipe(data, study)))
+    assert finished_times(study) == before
+    changed = recipe(data, study)
+    changed["methods"]["uld"]["alpha"] = 0.25
+    run(build(RecipeConfig, changed))
+    again = {name for name, time_ in finished_times(study).items() if time_ != before[name]}
+    assert again == {"students-uld-seed-10.json", "scores-uld-seed-10.json"}
+    assert (study / "replaced" / "students-uld-seed-10.1" / "model.safetensors").is_file()
+    # Other rows for the test: all evaluations, no training.
+    before = finished_times(study)
+    other = {**data, "test": write_rows(tmp_path / "other.jsonl", sample_rows(2))}
+    run(build(RecipeConfig, changed | {"data": other}))
+    again = {name for name, time_ in finished_times(study).items() if time_ != before[name]}
+    assert again == {name for name in before if name.startswith("scores-")}
+
+
+def test_killed_and_continued_with_two_jobs(data, tmp_path) -> None:
+    study = tmp_path / "study"
+    path = tmp_path / "recipe.yaml"
+    whole = recipe(data, study, tune={}, teachers={}, jobs=2)
+    del whole["models"]["large"], whole["methods"]["uld"]
+    path.write_text(yaml.safe_dump(whole))
+    command = [sys.executable, "-m", "cot2align.train", "run", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    while not (study / "stages" / "students-sft-seed-10.yaml").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = finished_times(study)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (study / "report.md").is_file()
+    name = "models-small.json"
+    assert finished_times(study)[name] == before[name]
+    assert not (study / "replaced").exists()
+
+
+def test_a_folder_in_use_is_refused(data, tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    config = build(RecipeConfig, recipe(data, tmp_path))
+    with pytest.raises(UserError, match="is not empty and holds no study"):
+        run(config)
+    with pytest.raises(UserError, match=r"mine\.txt is a file"):
+        run(build(RecipeConfig, recipe(data, tmp_path / "mine.txt")))
+
+
+RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.name != "pair.yaml")
+
+
+def test_inheritance_is_one_level_deep(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("output: a\nmethods: {x: {kd: uld, alpha: 0.1}}\nseeds: [1]\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nmethods: {x: {alpha: 0.2}, y: {}}\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\n")
+    config = from_sources(RecipeConfig, str(tmp_path / "b.yaml"), {})
+    assert config.methods == {"x": {"kd": "uld", "alpha": 0.2}, "y": {}}
+    assert (config.output, config.seeds) == ("a", [1])
+    with pytest.raises(UserError, match=r"b\.yaml has a base of its own"):
+        from_sources(RecipeConfig, str(tmp_path / "c.yaml"), {})
+
+
+# What stands in for the models of the paper: the same architecture, the same kind of tokenizer.
+STAND_INS = {
+    "openai-community/gpt2": ("gpt2", "bpe", 380),
+    "openai-community/gpt2-xl": ("gpt2", "bpe", 380),
+    "Qwen/Qwen1.5-1.8B": ("qwen2", "bpe", 420),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2", "bpe", 420),
+    "mistralai/Mistral-7B-v0.1": ("mistral", "spm", 420),
+    "meta-llama/Llama-2-7b-hf": ("llama", "spm", 400),
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": ("llama", "spm", 400),
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(data, tmp_path_factory) -> dict[str, str]:
+    """Folders of tiny models, by the name of the model that they stand for."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"width": 16, "heads": 2, "layers": 1, "max_length": 256}
+    for i, (shape, tokenizer, pieces) in enumerate(STAND_INS.values()):
+        settings = {"shape": shape, "tokenizer": tokenizer, "pieces": pieces, "data": data["train"]}
+        new_model.run(build(NewModelConfig, settings | sizes | {"output": str(folder / str(i))}))
+    return {name: str(folder / str(i)) for i, name in enumerate(STAND_INS)}
+
+
+@pytest.mark.parametrize(
+    ("number", "path"),
+    [*enumerate(RECIPES)],
+    ids=[f"{path.parent.name}-{path.stem}" for path in RECIPES],
+)
+def test_recipes_of_the_paper(number, path, data, stand_ins, tmp_path) -> None:
+    config = from_sources(RecipeConfig, str(path), {})
+    config.only, only = [], config.only
+    stages = make_plan(config).stages  # every setting of every method
+    assert {s.name for s in stages} > {f"students/{m}/seed-10" for m in config.methods}
+    assert set(only) <= set(config.methods)
+    # One method of each recipe, all of them over the recipes, with two steps of a training.
+    config.only = [list(config.methods)[number % len(config.methods)]]
+    config.output = str(tmp_path / "study")
+    config.device = "cpu"
+    config.data = data
+    config.common |= {"max_length": 256, "max_new_tokens": 4, "max_prompt_length": 160}
+    config.common |= {"batch_size": 4, "gradient_accumulation": 1, "max_steps": 2}
+    for teacher in config.teachers.values():
+        teacher["model"] = stand_ins[teacher["model"]]
+    config.students["student"] = stand_ins[config.students["student"]]
+    config.rationales["batch_size"] = 8
+    config.evaluate = {"seeds": [10], "batch_size": 4}
+    results = run(config)
+    (trained,) = results["models"][config.only[0]]["seeds"].values()
+    assert trained["scores"]["test"]["standard"]["loss"] > 0
