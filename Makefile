@@ -40,9 +40,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal
 	@echo "== running the tests of the Triton kernels in Triton's interpreter"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels -k triton
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests/kernels -k triton
 
 lint: $(STAMP)
 	@echo "== ruff and mypy"

@@ -15,6 +15,10 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several pytest processes share the cores; before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 # The same examples in every run; `pytest --hypothesis-profile=default` searches for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)

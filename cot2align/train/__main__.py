@@ -26,6 +26,7 @@ COMMANDS = {
     "cache": ("write a teacher's states, for distill", "config:CacheConfig", "teacher"),
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
     "evaluate": ("generate for test rows and score", "config:EvaluateConfig", "evaluate"),
+    "judge": ("let a language model compare two systems", "config:JudgeConfig", "judge"),
     "run": ("a whole study from one recipe, to one table", "config:RecipeConfig", "recipe"),
     "new-model": ("an untrained small model from rows", "config:NewModelConfig", "new_model"),
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),

@@ -125,6 +125,16 @@ class TrainConfig(TextConfig):
     save_steps: int = setting(500, "optimizer steps between two checkpoints", at_least=1)
     eval_steps: int = setting(500, "optimizer steps between two evaluations", at_least=1)
     checkpoints: int = setting(1, "checkpoints kept", at_least=1)
+    generate_rows: int = setting(
+        0, "evaluation rows to generate for, greedily, at every evaluation; 0 = none", at_least=0
+    )
+    generate_prompt: str = setting("standard", "the prompt of those rows", choices=PROMPTS)
+    max_new_tokens: int = setting(256, "tokens generated for such a row at most", at_least=1)
+    keep_best: str = setting(
+        "none",
+        "evaluation whose weights are kept at the end: none, the last; by ROUGE-L; by loss",
+        choices=("none", "rougeL", "loss"),
+    )
     report_to: list[str] = field(
         default_factory=list, metadata=about("trackers, by transformers' names; empty: none")
     )
@@ -151,6 +161,18 @@ class TrainConfig(TextConfig):
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
         for contradicted, reason in (
+            (
+                self.generate_rows > 0 and self.eval is None,
+                "'generate_rows' takes rows of 'eval', which is none",
+            ),
+            (
+                self.keep_best == "rougeL" and not self.generate_rows,
+                "'keep_best' is rougeL and 'generate_rows' is 0: nothing to score",
+            ),
+            (
+                self.keep_best == "loss" and self.eval is None,
+                "'keep_best' is loss and 'eval' is none: no loss to compare",
+            ),
             (self.bf16 and self.fp16, "'bf16' and 'fp16' are both on; choose one"),
             (
                 self.load_in_4bit and not self.lora_r,
@@ -357,14 +379,75 @@ class GenerationConfig(TextConfig):
 
 
 @dataclass(kw_only=True)
-class AugmentConfig(GenerationConfig):
+class ServerConfig:
+    """Settings of everything that asks an OpenAI-compatible server."""
+
+    server_api: str = setting(
+        "chat",
+        "chat: the prompt is a user's message; completions: the server goes on with it",
+        choices=("chat", "completions"),
+    )
+    concurrency: int = setting(16, "requests under way at a time", at_least=1)
+    requests_per_minute: float | None = setting(
+        None, "requests started per minute, retries included; none: no limit", above=0
+    )
+    timeout: float = setting(600.0, "seconds for one answer", above=0)
+    retries: int = setting(
+        6,
+        "further tries after a timeout, a broken connection, 429, 5xx or a rubbish answer",
+        at_least=0,
+    )
+    api_key_env: str | None = setting(
+        None, "NAME of the environment variable that holds the key; none: no key is sent"
+    )
+
+
+@dataclass(kw_only=True)
+class AugmentConfig(GenerationConfig, ServerConfig):
     """Let the teacher write a rationale for every row, under the chain-of-thought prompt."""
 
+    server: str | None = setting(
+        None,
+        "URL of an OpenAI-compatible server that generates; it knows the teacher as `model`. "
+        "None: transformers",
+    )
     output: str = setting(help="JSON Lines file with the rows and their rationales")
     resume: bool = setting(False, "keep the rows that the output file holds, add the others")
     seed: int = setting(10, "sampling seed", at_least=0)
     temperature: float = setting(1.0, "sampling temperature", above=0)
     only_with_input: bool = setting(False, "no rationale for rows whose input is empty")
+    max_repetition: float = setting(
+        50.0,
+        "drop a rationale with more repeated word 4-grams, percent; 100 = off",
+        at_least=0,
+        at_most=100,
+    )
+    min_rationale_words: int = setting(1, "drop a shorter rationale, words", at_least=1)
+    max_rationale_words: int | None = setting(
+        None, "drop a longer rationale, words; none: max_new_tokens alone", at_least=1
+    )
+    check_answer: str = setting(
+        "off",
+        "drop a rationale whose answer is none of the row's outputs (exact), or whose ROUGE-L with "
+        "the nearest is below min_answer_rouge",
+        choices=("off", "exact", "rouge"),
+    )
+    min_answer_rouge: float = setting(
+        50.0, "ROUGE-L F that an answer must reach, percent", at_least=0, at_most=100
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        if self.server and self.server_api == "completions" and self.prompt_format == "chat":
+            raise UserError(
+                "'prompt_format' chat is a user's message, which 'server_api' completions would "
+                "send without the chat template; use 'server_api' chat"
+            )
+        if self.max_rationale_words and self.max_rationale_words < self.min_rationale_words:
+            raise UserError(
+                f"'max_rationale_words' {self.max_rationale_words} is below 'min_rationale_words' "
+                f"{self.min_rationale_words}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -474,6 +557,28 @@ class RecipeConfig:
 
 
 @dataclass(kw_only=True)
+class JudgeConfig(ServerConfig):
+    """Let a language model choose between two systems' predictions, in both orders."""
+
+    a: str = setting(help="predictions.jsonl of one system, or the folder of its evaluation")
+    b: str = setting(help="predictions.jsonl of the other system, or its folder")
+    data: str = setting(help="the rows that both were evaluated on, a JSON Lines file")
+    output: str = setting(help="folder for verdicts, table and chart; new or empty unless --resume")
+    resume: bool = setting(False, "keep the verdicts that the output folder holds, ask the others")
+    server: str = setting(help="URL of an OpenAI-compatible server")
+    model: str = setting(help="the judge's name on that server")
+    set: str | None = setting(None, "set of the predictions; none: they are of one set")
+    prompt: str = setting("standard", "the prompt the predictions were made under", choices=PROMPTS)
+    prediction_seed: int | None = setting(
+        None, "decoding seed of the predictions; none: the first in `a`"
+    )
+    rows: int = setting(100, "rows compared, drawn at random; two requests each", at_least=1)
+    seed: int = setting(10, "seed of the draw and of the judge", at_least=0)
+    temperature: float = setting(0.1, "the judge's sampling temperature", at_least=0)
+    max_new_tokens: int = setting(1024, "tokens of one verdict at most", at_least=1)
+
+
+@dataclass(kw_only=True)
 class PrepareConfig:
     """Make train, validation and test rows from a published data set, or from your own file."""
 
@@ -524,13 +629,33 @@ class PrepareConfig:
     seed: int = setting(42, "seed of the splits", at_least=0)
 
 
-# What has no effect, and when.
+# What has no effect, and when; of the configs that have the first of the names.
 _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "server is set",
+        lambda config: getattr(config, "server", None) is not None,
+        ("batch_size", "max_length", "dtype", "device", "trust_remote_code"),
+    ),
+    (
+        "server is none",
+        lambda config: config.server is None,
+        tuple(f.name for f in dataclasses.fields(ServerConfig)),
+    ),
+    (
+        "check_answer is not rouge",
+        lambda config: config.check_answer != "rouge",
+        ("min_answer_rouge",),
+    ),
     ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
     (
         "teacher_cache is none",
         lambda config: config.teacher_cache is None,
         ("teacher_cache_checksums",),
+    ),
+    (
+        "generate_rows is 0",
+        lambda config: config.generate_rows == 0,
+        ("generate_prompt", "max_new_tokens"),
     ),
     (
         "lora_r is 0",
@@ -556,7 +681,7 @@ _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )
 
 
-def without_effect(config: SFTConfig | DistillConfig) -> list[str]:
+def without_effect(config: SFTConfig | DistillConfig | AugmentConfig) -> list[str]:
     """A line for each reason why settings that are not at their defaults have no effect."""
     lines = []
     fields = {f.name: f for f in dataclasses.fields(config)}
@@ -568,7 +693,7 @@ def without_effect(config: SFTConfig | DistillConfig) -> list[str]:
     }
     for reason, holds, names in _UNUSED:
         found = [name for name in names if name in changed]
-        if found and holds(config):
+        if names[0] in fields and found and holds(config):
             lines.append(f"{reason}: no effect of {', '.join(found)}")
     return lines
 

@@ -195,6 +195,27 @@ def prediction(row: Row, text: Generated, is_cot: bool, score: Callable = rouge_
     }
 
 
+def predict(generator: Generator, rows: Sequence[Row], is_cot: bool) -> list[Scores]:
+    """Greedy predictions for a sample of rows, in their order."""
+    prompts, _ = generator.prompts(rows, is_cot)
+    scores: dict[int, Scores] = {}
+    for batch in generator.batches(prompts):
+        texts = generator.generate([prompts[i] for i in batch], seed=None)
+        scores |= {i: prediction(rows[i], t, is_cot) for i, t in zip(batch, texts, strict=True)}
+    return [scores[i] for i in range(len(rows))]
+
+
+def samples_table(rows: Sequence[Row], scores: Sequence[Scores], count: int = 10) -> str:
+    """The first texts beside their references, as Markdown."""
+    lines = ["| row | instruction | reference | text | ROUGE-L |", "|---|---|---|---|---:|"]
+    for row, score in list(zip(rows, scores, strict=True))[:count]:
+        cells = [row.id, row.instruction, row.outputs[0], score["text"]]
+        cut = [cell if len(cell) <= 300 else cell[:297] + "..." for cell in cells]
+        plain = [" ".join(cell.split()).replace("|", "\\|") for cell in cut]
+        lines.append(f"| {' | '.join(plain)} | {score['rouge_l']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 class _Pattern:
     """A tokenizer of rouge_score: the lower-cased text's matches of a pattern."""
 

@@ -140,6 +140,8 @@ class _Planner:
         for name in config.only or config.methods:
             settings = config.methods[name]
             self.method(name, dict(settings), data, rows, rows_needs)
+        if config.judge is not None:
+            self.judge(dict(config.judge), data["test"], data_needs)
         return Plan(self.folder, tuple(self.stages), self.titles, self.scores, self.trainings)
 
     def add(
@@ -266,6 +268,25 @@ class _Planner:
             self.scores[name][seed] = self.evaluation(
                 f"{name}/seed-{seed}", output, data, (stage.name,)
             )
+
+    def judge(self, settings: dict[str, Any], test: str, needs: Needs) -> None:
+        """Every method against one of them, with the predictions of the first seed."""
+        against = str(settings.pop("against", None))
+        if against not in self.scores or against in self.teachers:
+            methods = [name for name in self.scores if name not in self.teachers]
+            raise UserError(
+                f"section 'judge': against: expected a method that is run ({', '.join(methods)}), "
+                f"got {against}"
+            )
+        first = self.config.seeds[0]
+        other = self.scores[against][first]
+        settings = {"data": test, **settings, "b": other.settings["output"]}
+        for name, by_seed in self.scores.items():
+            if name == against or name in self.teachers:
+                continue
+            scored = by_seed[first]
+            settings |= {"a": scored.settings["output"], "output": self.path("judge", name)}
+            self.add(f"judge/{name}", "judge", settings, (*needs, scored.name, other.name))
 
     def tries(
         self, name: str, command: str, settings: dict[str, Any], own: dict[str, Any], needs: Needs

@@ -40,7 +40,7 @@ Scores = dict[str, dict[str, dict[str, tuple[float | None, float | None]]]]
 def write(plan: Plan) -> dict[str, Any]:
     """Write the files, print the table; returns results.json's content."""
     results = collect(plan)
-    text = markdown(results)
+    text = markdown(results) + judgements(results)
     write_whole(plan.folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(plan.folder / "results.csv", to_csv(results))
     write_whole(plan.folder / "report.md", text)
@@ -57,7 +57,7 @@ def write(plan: Plan) -> dict[str, Any]:
 
 def collect(plan: Plan) -> dict[str, Any]:
     """{"models": {name: {"title", "seeds": {seed: {"scores", "validation", "settings",
-    "tuned", "seconds"}}}}, "threads", "version"}.
+    "tuned", "seconds"}}}}, "judge": {method: judge's}, "threads", "version"}.
 
     scores: set -> prompt -> evaluate's; validation: the last evaluation of the training, or None;
     settings: the resolved ones of the training; tuned: the setting that was chosen by tries, or "";
@@ -88,7 +88,21 @@ def collect(plan: Plan) -> dict[str, Any]:
                 if training is None
                 else read_record(plan.folder, training)["seconds"],
             }
-    return {"models": models, "threads": torch.get_num_threads(), "version": __version__}
+    judged = {}
+    for stage in plan.stages:
+        if stage.command == "judge":
+            file = Path(stage.settings["output"]) / RESULTS_FILE
+            against = Path(stage.settings["b"]).parent.name
+            judged[Path(stage.settings["output"]).name] = {
+                **json.loads(file.read_text(encoding="utf-8")),
+                "against": models[against]["title"],
+            }
+    return {
+        "models": models,
+        "judge": judged,
+        "threads": torch.get_num_threads(),
+        "version": __version__,
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -130,6 +144,19 @@ def markdown(results: dict[str, Any]) -> str:
         + f"Times with {results['threads']} threads."
     )
     return "\n".join([*lines, "", notes, ""])
+
+
+def judgements(results: dict[str, Any]) -> str:
+    """The judge's verdicts as a table, or nothing where it was not asked."""
+    if not results["judge"]:
+        return ""
+    rows = [["method", "win", "tie", "loss", "against"]]
+    for name, judged in results["judge"].items():
+        title = results["models"][name]["title"]
+        counts = [str(judged[kind]) for kind in ("win", "tie", "loss")]
+        rows.append([title, *counts, judged["against"]])
+    (judge,) = {judged["judge"] for judged in results["judge"].values()}
+    return "\n".join(["", *_aligned(rows), "", f"Rows, judged by {judge} in both orders.", ""])
 
 
 def to_csv(results: dict[str, Any]) -> str:

@@ -8,7 +8,9 @@ schedules, resume) is Trainer's.
 
 The output folder: a plain `from_pretrained` student with its tokenizer, `projections.safetensors`,
 `config.yaml` (resolved, can be run again), `metrics.jsonl` (one JSON line per log entry),
-checkpoints.
+checkpoints. With `generate_rows` every evaluation also generates, greedily, for rows of `eval`:
+`eval_rougeL` and `eval_exact_match`, and the texts in `samples/`. With `keep_best` the weights of
+the best evaluation wait in `best/` and are what the run ends with.
 
 A checkpoint is written beside the others and renamed when it is whole. SIGTERM lets the step end,
 saves, and leaves with exit code 143. Before every optimizer step the losses of its forward passes
@@ -33,6 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
@@ -80,12 +83,16 @@ from cot2align.train.config import (
 from cot2align.train.data import (
     Example,
     LengthSampler,
+    Row,
     TextEncoder,
     collate,
     encode_rows,
     read_rows,
 )
 from cot2align.train.distiller import Distiller
+from cot2align.train.evaluate import predict, samples_table
+from cot2align.train.files import write_whole
+from cot2align.train.generation import Generator
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.dskd import DSKD
@@ -108,6 +115,9 @@ PROJECTIONS_FILE = "projections.safetensors"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 PARTIAL_FOLDER = "partial"
+SAMPLES_FOLDER = "samples"
+BEST_FOLDER = "best"
+BEST_FILE = "evaluation.json"
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
@@ -177,6 +187,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         train_dataset=examples,
         eval_dataset=eval_examples,
         cache=cache,
+        sample_rows=(eval_rows or [])[: config.generate_rows],
     )
     start = time.perf_counter()
     with trainer.termination, trainer.progress:
@@ -188,7 +199,10 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         trainer.accelerator.wait_for_everyone()
         raise SystemExit(SIGTERM_EXIT)
     with _written("the model"):
-        trainer.save_model(config.output)
+        if config.keep_best == "none":
+            trainer.save_model(config.output)
+        elif main_process:
+            trainer.keep_best(config.keep_best)
     if config.lora_r and config.merge and main_process:
         merge_adapter(config, student_tokenizer)
     # A process that leaves while another still talks to it makes gloo abort that one.
@@ -423,9 +437,11 @@ class DistillTrainer(Trainer):
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example] | None = None,
         cache: TeacherCache | None = None,
+        sample_rows: Sequence[Row] = (),
     ):
         self.config = config
         self.student_tokenizer = tokenizer
+        self.sample_rows = sample_rows
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         self._steps = 0
@@ -635,12 +651,64 @@ class DistillTrainer(Trainer):
         alpha = self.model.alpha
         distillation = self.model.ot_weight * parts.get("ot", 0.0) + parts.get("kd", 0.0)
         parts = {"loss": (1 - alpha) * parts["ce"] + alpha * distillation, **parts}
+        if self.sample_rows:
+            parts |= self._generate_samples()
+        if self.config.keep_best != "none":
+            self._save_if_best(
+                -parts["loss"] if self.config.keep_best == "loss" else parts["rougeL"]
+            )
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in parts.items()},
             num_samples=round(rows),
         )
+
+    def _generate_samples(self) -> dict[str, float]:
+        """ROUGE-L and exact match of greedy texts; on all processes, the main one writes them."""
+        config = self.config
+        is_cot = config.generate_prompt == "cot"
+        generator = Generator(
+            self.model.student,
+            self.student_tokenizer,
+            prompt_format=config.prompt_format,
+            max_length=config.max_length,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.eval_batch_size,
+        )
+        with self.compute_loss_context_manager():
+            scores = predict(generator, self.sample_rows, is_cot)
+        if self.args.should_save:
+            folder = Path(config.output, SAMPLES_FOLDER)
+            folder.mkdir(exist_ok=True)
+            table = samples_table(self.sample_rows, scores)
+            write_whole(folder / f"step-{self.state.global_step}.md", table)
+        names = {"rougeL": "rouge_l", "exact_match": "exact_match", "repetition": "repetition"}
+        return {name: fmean(score[key] for score in scores) for name, key in names.items()}
+
+    def _save_if_best(self, value: float) -> None:
+        """Keep the weights in best/ if no evaluation before this step had a higher value."""
+        note = Path(self.config.output, BEST_FOLDER, BEST_FILE)
+        best = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        step = self.state.global_step
+        if not math.isfinite(value) or (best.get("step", step) < step and best["value"] >= value):
+            return
+        with _written("the best weights"):
+            self.save_model(str(note.parent))
+            if self.args.should_save:
+                write_whole(note, json.dumps({"step": step, "value": value}) + "\n")
+
+    def keep_best(self, measure: str) -> None:
+        """End with the weights of best/."""
+        best, output = Path(self.config.output, BEST_FOLDER), Path(self.config.output)
+        if not (best / BEST_FILE).is_file():
+            raise UserError(f"no evaluation had a finite {measure}; the checkpoints are kept")
+        note = json.loads((best / BEST_FILE).read_text(encoding="utf-8"))
+        with _whole(output) as folder:
+            shutil.copytree(best, folder, dirs_exist_ok=True)
+            (folder / BEST_FILE).unlink()
+        shutil.rmtree(best)
+        print(f"kept the weights of step {note['step']}, {measure} {abs(note['value']):.4g}")
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(Path(self.config.output, PARTIAL_FOLDER))

@@ -19,6 +19,7 @@ from cot2align.train.config import (
     CacheConfig,
     DistillConfig,
     EvaluateConfig,
+    JudgeConfig,
     SFTConfig,
 )
 from tests.conftest import cli, sample_rows, write_rows
@@ -79,13 +80,13 @@ def test_help_in_under_a_second(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cls", [SFTConfig, AugmentConfig, CacheConfig, DistillConfig, EvaluateConfig]
+    "cls", [SFTConfig, AugmentConfig, CacheConfig, DistillConfig, EvaluateConfig, JudgeConfig]
 )
 def test_help_names_every_setting_and_the_resolved_config_reads_back(cls, capsys, tmp_path):
     with pytest.raises(SystemExit):
         config_module.parse_command_line(cls, "prog", ["--help"])
     text = capsys.readouterr().out
-    required = {"model", "student", "teacher", "train", "data", "output"}
+    required = {"model", "student", "teacher", "train", "data", "output", "server", "a", "b"}
     values = {name: "x" for name in required if name in cls.__dataclass_fields__}
     config = config_module.build(cls, values)
     for field in cls.__dataclass_fields__.values():
@@ -145,7 +146,8 @@ def test_bad_yaml(content: str, said: str, refused, tmp_path) -> None:
 def test_bad_words(refused) -> None:
     assert "did you mean 'distill'?" in refused(["distil"])
     assert "--ot_epsillon; did you mean 'ot_epsilon'?" in refused(["distill", "--ot_epsillon", "1"])
-    assert "unexpected argument 'x'" in refused(["sft", "x"])
+    assert "config file x: No such file" in refused(["sft", "x"])
+    assert "unexpected argument 'x'" in refused(["sft", "--seed", "1", "x"])
     assert "config file nowhere.yaml: No such file" in refused(["sft", "--config", "nowhere.yaml"])
     assert main([]) == 2
 
@@ -217,6 +219,14 @@ def test_settings_without_effect_are_named() -> None:
     ]
     model = SFTConfig(model="m", train="r", output="o", eval_batch_size=1)
     assert config_module.without_effect(model) == ["eval is none: no effect of eval_batch_size"]
+    augment = {"model": "m", "data": "r", "output": "o", "batch_size": 1, "retries": 1}
+    assert config_module.without_effect(AugmentConfig(**augment, min_answer_rouge=1)) == [
+        "server is none: no effect of retries",
+        "check_answer is not rouge: no effect of min_answer_rouge",
+    ]
+    assert config_module.without_effect(AugmentConfig(**augment, server="http://h")) == [
+        "server is set: no effect of batch_size"
+    ]
 
 
 def test_missing_and_empty_files(distill, tmp_path) -> None:
@@ -346,14 +356,3 @@ def test_sample_rows_mix_what_the_tests_rely_on() -> None:
     rows = sample_rows(12)
     assert sum("rationale" in row for row in rows) == 8
     assert sum(not row["input"] for row in rows) == 5
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: path.name)
-def test_recipes_are_configs_of_the_command_that_names_them(path) -> None:
-    classes = {
-        "sft": SFTConfig,
-        "augment": AugmentConfig,
-        "distill": DistillConfig,
-        "evaluate": EvaluateConfig,
-    }
-    config_module.from_sources(classes[path.stem], str(path), {})

@@ -18,6 +18,7 @@ from cot2align.train import new_model
 from cot2align.train.config import NewModelConfig, RecipeConfig, UserError, build, from_sources
 from cot2align.train.recipe import best_try, make_plan, run
 from tests.conftest import cli, sample_rows, write_rows
+from tests.train.loopback import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -212,6 +213,23 @@ def test_study(data, tmp_path, capsys) -> None:
     run(build(RecipeConfig, changed | {"data": other}))
     again = {name for name, time_ in finished_times(study).items() if time_ != before[name]}
     assert again == {name for name in before if name.startswith("scores-")}
+
+
+def test_judge(data, tmp_path) -> None:
+    study = tmp_path / "study"
+    with serve(lambda prompt, _: "Verdict: A") as server:
+        judge = {"server": server.url, "model": "tiny", "against": "one"}
+        methods = {"one": {"command": "sft"}, "two": {"command": "sft", "max_steps": 1}}
+        config = recipe(data, study, teachers={}, tune={}, methods=methods, judge=judge)
+        run(build(RecipeConfig, config))
+        assert len(server.requests) == 2 * 4
+        # A place is no system: each row's two verdicts differ.
+        assert "| two    |   0 |   4 |    0 |     one |" in (study / "report.md").read_text()
+        run(build(RecipeConfig, config))
+        assert len(server.requests) == 2 * 4
+    config["judge"]["against"] = "three"
+    with pytest.raises(UserError, match=r"expected a method that is run \(one, two\), got three"):
+        make_plan(build(RecipeConfig, config))
 
 
 def test_killed_and_continued_with_two_jobs(data, tmp_path) -> None:

@@ -73,13 +73,14 @@ def test_the_teacher_is_not_saved(distilled) -> None:
 
 def test_log(distilled) -> None:
     log = log_of(distilled)
+    assert log[-1]["token_accuracy"] > 0
     # The first, every third, and the last.
     assert [entry["step"] for entry in log] == [1, 3, 6, 7]
     for entry in log:
         total = 0.5 * entry["ce"] + 0.5 * (entry["ot"] + entry["kd"])
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
         assert entry["ot"] == pytest.approx(entry["ot/cst"] + entry["ot/crc"], rel=1e-5)
-        assert 0 < entry["token_accuracy"] < 1
+        assert 0 <= entry["token_accuracy"] < 1
         norms = [entry[f"grad_norm/{part}"] for part in ("student", "projections")]
         assert min(norms) > 0
         assert math.hypot(*norms) == pytest.approx(entry["grad_norm"], rel=1e-5)
@@ -201,3 +202,40 @@ def test_distillation_without_ot(distill_settings, workspace, tmp_path) -> None:
     assert first["loss"] == pytest.approx(0.5 * first["ce"] + 0.5 * first["kd"])
     assert not [name for name in first if name.startswith("ot")]
     assert not (tmp_path / "kl" / "projections.safetensors").exists()
+
+
+def test_evaluation_generates_and_the_best_weights_are_kept(workspace, tmp_path, capsys) -> None:
+    settings = {
+        "model": workspace.student,
+        "train": workspace.train,
+        "eval": workspace.test,
+        "max_length": 256,
+        "max_prompt_length": 160,
+        "max_steps": 3,
+        "eval_steps": 1,
+        "save_steps": 1,
+        # So far that the later steps are worse than the first.
+        "learning_rate": 0.3,
+        "schedule": "constant_with_warmup",
+        "generate_rows": 3,
+        "max_new_tokens": 8,
+    }
+    for measure, sign in (("loss", 1), ("rougeL", -1)):
+        output = tmp_path / measure
+        assert cli("sft", output=output, keep_best=measure, checkpoints=3, **settings) == 0
+        entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        values = {e["step"]: sign * e[f"eval_{measure}"] for e in entries if "eval_loss" in e}
+        assert set(values) == {1, 2, 3}
+        best = min(values, key=lambda step: (values[step], step))
+        assert f"kept the weights of step {best}" in capsys.readouterr().out
+        kept, saved = (
+            load_file(folder / "model.safetensors")
+            for folder in (output, output / f"checkpoint-{best}")
+        )
+        assert all(torch.equal(kept[name], saved[name]) for name in saved)
+        assert not (output / "best").exists()
+        samples = (output / "samples" / "step-3.md").read_text().splitlines()
+        assert len(samples) == 2 + 3
+        assert all(0 <= e["eval_exact_match"] <= 100 for e in entries if "eval_loss" in e)
+    assert cli("sft", output=tmp_path / "x", keep_best="rougeL", **{**settings, "generate_rows": 0})
+    assert "nothing to score" in capsys.readouterr().err
