@@ -22,6 +22,8 @@ COMMANDS = {
     "prepare": ("make rows from a published data set", "config:PrepareConfig", "prepare"),
     "sft": ("fine-tune a model", "config:SFTConfig", "trainer"),
     "augment": ("let the teacher write a rationale per row", "config:AugmentConfig", "augment"),
+    "check": ("what a run needs, before it is paid for", "config:CheckConfig", "check"),
+    "cache": ("write a teacher's states, for distill", "config:CacheConfig", "teacher"),
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
     "evaluate": ("generate for test rows and score", "config:EvaluateConfig", "evaluate"),
     "judge": ("let a language model compare two systems", "config:JudgeConfig", "judge"),

@@ -96,6 +96,10 @@ class TrainConfig(TextConfig):
     epochs: float = setting(10.0, "passes over the training rows", above=0)
     max_steps: int | None = setting(None, "optimizer steps; beats epochs", at_least=1)
     batch_size: int = setting(8, "rows per process and forward pass", at_least=1)
+    padding_free: bool = setting(
+        False, "pack the texts of a batch into one sequence, where the attention keeps them apart"
+    )
+    group_by_length: bool = setting(False, "rows of like length in a step: less padding")
     gradient_accumulation: int = setting(1, "forward passes per optimizer step", at_least=1)
     eval_batch_size: int = setting(8, "rows per process when evaluating", at_least=1)
     learning_rate: float = setting(5e-4, "peak learning rate of the student", above=0)
@@ -206,6 +210,12 @@ class DistillConfig(TrainConfig):
         "teacher weights in fewer bits, through bitsandbytes; needs a GPU",
         choices=("none", "8bit", "4bit"),
     )
+    teacher_cache: str | None = setting(
+        None, "folder that `cache` wrote: the teacher's states are read from it, not computed"
+    )
+    teacher_cache_checksums: bool = setting(
+        False, "read the whole cache at the start and compare its checksums"
+    )
     alpha: float = setting(0.5, "weight of the distillation terms, eq. 16", at_least=0, at_most=1)
     kd: str = setting(
         "none",
@@ -294,6 +304,63 @@ class DistillConfig(TrainConfig):
         ):
             if contradicted:
                 raise UserError(reason)
+
+
+@dataclass(kw_only=True)
+class CheckConfig(DistillConfig):
+    """What a run needs, before it is paid for: takes the config file of distill or of sft."""
+
+    student: str = setting("", "student model: a folder or a hub name")
+    teacher: str = setting("", "teacher model: a folder or a hub name")
+    model: str = setting("", "of sft: the model to fine-tune, in place of student and teacher")
+    output: str = setting("unused", "output folder of the run; not touched")
+    processes: int = setting(1, "data-parallel processes of the run", at_least=1)
+    dry_run: bool = setting(True, "run and time two steps on a largest batch")
+
+    def checked(self) -> SFTConfig | DistillConfig:
+        """The config of the run. Raises UserError where it is that of neither command."""
+        if bool(self.model) == bool(self.student and self.teacher):
+            raise UserError("check needs either model, or student and teacher")
+        cls = SFTConfig if self.model else DistillConfig
+        return cls(**{f.name: getattr(self, f.name) for f in dataclasses.fields(cls)})
+
+
+@dataclass(kw_only=True)
+class CacheConfig(TextConfig):
+    """Write a teacher's states of all texts to disk, for distill --teacher_cache."""
+
+    teacher: str = setting(help="teacher model: a folder or a hub name")
+    teacher_dtype: str = setting(
+        "auto",
+        "teacher weights; auto: as saved",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    train: str = setting(help="training rows, a JSON Lines file")
+    eval: str | None = setting(None, "further rows, a JSON Lines file")
+    output: str = setting(help="folder of the cache; must be empty or new unless --resume")
+    resume: bool = setting(
+        False, "keep the whole shards that the output folder holds, add what is missing"
+    )
+    texts: str = setting(
+        "both", "texts of a row that are cached", choices=("standard", "cot", "both")
+    )
+    max_prompt_length: int = setting(
+        256, "tokens a prompt may always keep; a longer one is cut in its input", at_least=4
+    )
+    batch_size: int = setting(16, "texts per forward pass", at_least=1)
+    cache_dtype: str = setting(
+        "bfloat16",
+        "the states on disk; int8: each element to 1/254 of its token's largest",
+        choices=("float32", "bfloat16", "float16", "int8"),
+    )
+    layers: list[str] = field(
+        default_factory=lambda: ["embed", "last"],
+        metadata=about("layers that distill can align: embed, last, or an index of hidden_states"),
+    )
+    tokens: str = setting(
+        "response", "positions that distill can align", choices=("response", "all")
+    )
+    shard_size: int = setting(256, "size of a file, MiB; a kill loses one at most", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -581,6 +648,11 @@ _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     ("eval is none", lambda config: config.eval is None, ("eval_steps", "eval_batch_size")),
     (
+        "teacher_cache is none",
+        lambda config: config.teacher_cache is None,
+        ("teacher_cache_checksums",),
+    ),
+    (
         "generate_rows is 0",
         lambda config: config.generate_rows == 0,
         ("generate_prompt", "max_new_tokens"),
@@ -697,6 +769,8 @@ def parse_command_line(cls: type[Config], prog: str, argv: Sequence[str]) -> Con
         parser.add_argument(f"--{f.name}", **options)
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
+    # --teacher-cache is --teacher_cache.
+    argv = [re.sub("^--[^=]+", lambda m: f"--{m[0][2:].replace('-', '_')}", word) for word in argv]
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):

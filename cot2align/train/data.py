@@ -19,8 +19,9 @@ nothing back from the device.
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -426,18 +427,25 @@ def encode_rows(
     return examples, totals
 
 
-def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, Any]:
+def collate(
+    examples: Sequence[Example],
+    tokens: str = "response",
+    *,
+    packed: bool = False,
+    cached: Callable[[Sequence[Text], str], dict[str, torch.Tensor]] | None = None,
+) -> dict[str, Any]:
     """One batch: the texts of all rows, row by row, as `B` texts for each model.
 
     Returns {"student": model batch, "teacher": model batch (in distillation only), "text_rows": [B]
     row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows",
     "ids": of the rows}. See `model_batch`. With MinED the student's has an "alignment" of its R
     response tokens: int64 "student" [A] and "teacher" [A], the aligned ones and their partners of
-    the teacher's, and "unaligned" [R - A].
+    the teacher's, and "unaligned" [R - A]. packed: see `model_batch`. cached: gives the teacher's
+    "states", see `teacher.TeacherCache.states`.
     """
     texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
     batch: dict[str, Any] = {
-        "student": model_batch([pair.student for _, pair in texts], tokens),
+        "student": model_batch([pair.student for _, pair in texts], tokens, packed),
         "text_rows": [row for row, _ in texts],
         "text_is_cot": [pair.is_cot for _, pair in texts],
         "num_tokens": sum(len(pair.student.response_ids) for _, pair in texts),
@@ -446,7 +454,9 @@ def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, 
     }
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:
-        batch["teacher"] = model_batch(teacher_texts, tokens)
+        batch["teacher"] = model_batch(teacher_texts, tokens, packed)
+        if cached is not None:
+            batch["teacher"]["states"] = cached(teacher_texts, tokens)
     alignments = [pair.alignment for _, pair in texts if pair.alignment is not None]
     if alignments:
         starts = batch["teacher"]["cu_responses"]
@@ -466,41 +476,85 @@ def collate(examples: Sequence[Example], tokens: str = "response") -> dict[str, 
     return batch
 
 
-def model_batch(texts: Iterable[Text], tokens: str = "response") -> dict[str, Any]:
-    """What one model's forward pass needs of `B` texts, padded on the right to `L`.
+def model_batch(
+    texts: Iterable[Text], tokens: str = "response", packed: bool = False
+) -> dict[str, Any]:
+    """What one model's forward pass needs of `B` texts, padded on the right to `L`; packed: of the
+    texts back to back as one of length `L`, without padding.
 
-    input_ids, attention_mask: int64 [B, L]. positions: int64 [T], the flat places b * L + t whose
-    states are packed: with tokens "response" those that predict a response token, with "all" every
-    place that holds a token. cu_seqlens: list of B + 1 ints, the packed places of each text.
-    response: int64 [R], which of the T predict a response token, or None where all do. targets:
-    int64 [R], the response tokens. cu_responses: list of B + 1 ints, those of each text.
+    input_ids: int64 [B, L], packed [1, L]. attention_mask: int64 [B, L], or, packed, position_ids:
+    int64 [1, L], which begin again with every text. positions: int64 [T], the flat places of
+    input_ids whose states are wanted: with tokens "response" those that predict a response token,
+    with "all" every place that holds a token. cu_seqlens: list of B + 1 ints, the packed places of
+    each text. response: int64 [R], which of the T predict a response token, or None where all do.
+    targets: int64 [R], the response tokens. cu_responses: list of B + 1 ints, those of each text.
     """
     texts = list(texts)
-    width = max(len(text.ids) for text in texts)
-    input_ids = torch.zeros(len(texts), width, dtype=torch.int64)
-    attention_mask = torch.zeros(len(texts), width, dtype=torch.int64)
+    lengths = [len(text.ids) for text in texts]
+    width = max(lengths)
+    starts = [sum(lengths[:b]) if packed else b * width for b in range(len(texts))]
+    size = sum(lengths) if packed else width * len(texts)
+    input_ids, position_ids, attention_mask = torch.zeros(3, size, dtype=torch.int64)
     positions: list[int] = []
     response: list[int] = []
     targets: list[int] = []
     cu_seqlens = [0]
     cu_responses = [0]
-    for b, text in enumerate(texts):
-        length = len(text.ids)
-        input_ids[b, :length] = torch.tensor(text.ids)
-        attention_mask[b, :length] = 1
+    for text, start, length in zip(texts, starts, lengths, strict=True):
+        input_ids[start : start + length] = torch.tensor(text.ids)
+        position_ids[start : start + length] = torch.arange(length)
+        attention_mask[start : start + length] = 1
         before = text.prompt_length - 1
         first, last = (0, length) if tokens == "all" else (before, length - 1)
         response.extend(range(len(positions) + before, len(positions) + length - 1))
-        positions.extend(range(b * width + first, b * width + last))
+        positions.extend(range(start + first, start + last))
         targets.extend(text.response_ids)
         cu_seqlens.append(len(positions))
         cu_responses.append(len(targets))
+    rows = 1 if packed else len(texts)
+    kept = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        "input_ids": input_ids.view(rows, -1),
+        **{name: tensor.view(rows, -1) for name, tensor in kept.items()},
         "positions": torch.tensor(positions, dtype=torch.int64),
         "cu_seqlens": cu_seqlens,
         "response": torch.tensor(response, dtype=torch.int64) if tokens == "all" else None,
         "targets": torch.tensor(targets, dtype=torch.int64),
         "cu_responses": cu_responses,
     }
+
+
+class LengthSampler(torch.utils.data.Sampler[int]):
+    """Rows in random order, but those of one optimizer step of like length.
+
+    Shuffled rows are sorted by length in pools of 50 steps, cut into steps, and the steps shuffled.
+    The order follows from seed and epoch alone, however a step is divided into processes and
+    forward passes.
+    """
+
+    POOL = 50
+
+    def __init__(
+        self, lengths: Sequence[int], rows_per_step: int, seed: int, epoch: Callable[[], int]
+    ):
+        """epoch: the number of the epoch that begins, asked when it does."""
+        self.lengths = lengths
+        self.rows_per_step = rows_per_step
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self.seed} {self.epoch()}")
+        order = generator.sample(range(len(self)), len(self))
+        size = self.rows_per_step
+        steps = []
+        for first in range(0, len(order), self.POOL * size):
+            pool = sorted(order[first : first + self.POOL * size], key=self.lengths.__getitem__)
+            steps += [pool[start : start + size] for start in range(0, len(pool), size)]
+        # A step that is not full stays the last.
+        last = [steps.pop()] if len(steps[-1]) < size else []
+        generator.shuffle(steps)
+        return iter([i for step in steps + last for i in step])

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.cross_entropy import cross_entropy
+from cot2align.train.teacher import teacher_states
 from cot2align.train.token_states import TokenStates, token_states
 
 
@@ -98,7 +99,7 @@ class Distiller(nn.Module):
         theirs = None
         if self.teacher is not None and teacher is not None:
             with torch.no_grad():
-                theirs = token_states(self.teacher, teacher, layers)
+                theirs = teacher_states(self.teacher, teacher, layers)
         with _not_in_float16(counts.device.type):
             return self._losses(ours, theirs, text_rows, text_is_cot, all_tokens, all_rows)
 

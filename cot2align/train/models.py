@@ -141,19 +141,51 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return getattr(model, model.base_model_prefix, model)
 
 
-def body_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """`hidden_states` [B, L, d] of every stage, the embedding's first, without the head's
-    logits."""
+def body_states(model: PreTrainedModel, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`hidden_states` [B, L, d] of every stage, the embedding's first, without the head's logits.
+
+    inputs: input_ids [B, L], and attention_mask or position_ids of the same shape.
+    """
     output = body_of(model)(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        **inputs,
         output_hidden_states=True,
         use_cache=False,
         return_dict=True,
     )
     return output.hidden_states
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, name: str) -> None:
+    """Raises UserError for a model that does not keep packed texts apart."""
+    lengths = (5, 3)
+    ids = torch.arange(sum(lengths), device=model.device)[None]
+    places = torch.cat([torch.arange(n, device=model.device) for n in lengths])[None]
+    training = model.training
+    model.eval()
+    try:
+        packed = body_states(model, input_ids=ids, position_ids=places)[-1][0].float()
+        alone = torch.cat(
+            [
+                body_states(model, input_ids=text, attention_mask=torch.ones_like(text))[-1][
+                    0
+                ].float()
+                for text in ids.split(lengths, 1)
+            ]
+        )
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = f"it takes no position_ids: {one_line(error)}"
+    else:
+        tolerance = (1e-4 if model.dtype == torch.float32 else 3e-2) * alone.abs().max()
+        if bool(((packed - alone).abs() <= tolerance).all()):
+            return
+        reason = "its states of a packed text are not those of the text alone"
+    finally:
+        model.train(training)
+    raise UserError(
+        f"model {name!r} ({type(model).__name__}, {model.config._attn_implementation} attention) "
+        f"cannot be trained with padding_free: {reason}"
+    )
 
 
 def pad_token_id(tokenizer: Tokenizer) -> int:
@@ -170,7 +202,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     mask = torch.ones_like(ids)
     try:
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        states = body_states(model, ids, mask)
+        states = body_states(model, input_ids=ids, attention_mask=mask)
         actual = lm_logits(model, states[-1]).float()
     except (AttributeError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(

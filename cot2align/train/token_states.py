@@ -76,11 +76,25 @@ def token_states(
     model: PreTrainedModel, batch: dict[str, Any], layers: Sequence[str] = ()
 ) -> TokenStates:
     """One forward pass of `model` over a `data.model_batch`."""
-    hidden_states = body_states(model, batch["input_ids"], batch["attention_mask"])
+    hidden_states = body_states(model, **model_inputs(batch))
     packed = {
         name: hidden_states[layer_index(name)].flatten(0, 1).index_select(0, batch["positions"])
         for name in dict.fromkeys([*layers, "last"])
     }
+    return packed_states(model, batch, packed)
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What of a `data.model_batch` goes into the model."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def packed_states(
+    model: PreTrainedModel, batch: dict[str, Any], packed: dict[str, Tensor]
+) -> TokenStates:
+    """TokenStates of a `data.model_batch` from its states: layer -> [T, d], with "last"; `model`
+    gives the head and the embedding table."""
     response = batch["response"]
     inputs = batch["input_ids"].flatten().index_select(0, batch["positions"])
     return TokenStates(
@@ -103,9 +117,8 @@ def layer_index(name: str) -> int:
     return NAMED_LAYERS[name] if name in NAMED_LAYERS else int(name)
 
 
-def check_layers(model: PreTrainedModel, layers: Sequence[str]) -> None:
-    """Raises UserError for a layer that `model` does not have."""
-    depth = model.config.get_text_config().num_hidden_layers
+def check_layers(depth: int, layers: Sequence[str]) -> None:
+    """Raises UserError for a layer that a model of `depth` layers does not have."""
     for name in layers:
         try:
             exists = -depth - 1 <= layer_index(name) <= depth

@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -82,7 +82,15 @@ from cot2align.train.config import (
     to_yaml,
     without_effect,
 )
-from cot2align.train.data import Example, Row, TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.data import (
+    Example,
+    LengthSampler,
+    Row,
+    TextEncoder,
+    collate,
+    encode_rows,
+    read_rows,
+)
 from cot2align.train.distiller import Distiller
 from cot2align.train.evaluate import predict, samples_table
 from cot2align.train.files import write_whole
@@ -93,7 +101,16 @@ from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.losses.uld import uld
-from cot2align.train.models import Tokenizer, body_of, load_model, load_tokenizer, one_line, width
+from cot2align.train.models import (
+    Tokenizer,
+    body_of,
+    check_packing,
+    load_model,
+    load_tokenizer,
+    one_line,
+    width,
+)
+from cot2align.train.teacher import TeacherCache, load_shell
 from cot2align.train.token_states import TokenStates, check_layers
 
 PROJECTIONS_FILE = "projections.safetensors"
@@ -127,9 +144,13 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     teacher_tokenizer = None
     same_tokens = False
     align = None
+    cache = None
     if isinstance(config, DistillConfig):
         student_tokenizer = load(config.student)
-        teacher_tokenizer = load(config.teacher)
+        if config.teacher_cache:
+            cache = TeacherCache(config.teacher_cache, checksums=config.teacher_cache_checksums)
+            cache.check(config)
+        teacher_tokenizer = load(config.teacher_cache or config.teacher)
         same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
         _check_backend(config, arguments.device)
     else:
@@ -149,6 +170,10 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
             align = TokenAligner(student_tokenizer, teacher_tokenizer, config.token_maps)
         examples, cuts = encode(rows, align=align)
         eval_examples = None if eval_rows is None else encode(eval_rows, align=align)[0]
+    if cache is not None:
+        cache.check_texts(rows, examples, config.texts, config.train)
+        if eval_rows and eval_examples and config.eval:
+            cache.check_texts(eval_rows, eval_examples, config.texts, config.eval)
     if main_process:
         rationales = sum(bool(row.rationale) for row in rows)
         print(f"{len(examples)} rows to train on, {rationales} with a rationale", flush=True)
@@ -163,6 +188,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         student_tokenizer,
         train_dataset=examples,
         eval_dataset=eval_examples,
+        cache=cache,
         sample_rows=(eval_rows or [])[: config.generate_rows],
     )
     start = time.perf_counter()
@@ -221,16 +247,21 @@ def build_distiller(
     if isinstance(config, SFTConfig):
         return _prepared(config, Distiller(student))
     assert teacher_tokenizer is not None
-    teacher = load(
-        config.teacher,
-        teacher_tokenizer,
-        dtype=config.teacher_dtype,
-        bits=config.teacher_quantization,
-    )
+    if config.teacher_cache:
+        teacher = load_shell(Path(config.teacher_cache), config.trust_remote_code)
+    else:
+        teacher = load(
+            config.teacher,
+            teacher_tokenizer,
+            dtype=config.teacher_dtype,
+            bits=config.teacher_quantization,
+        )
+    # The projections are the same however the teacher came: to load an adapter draws numbers.
+    torch.manual_seed(config.seed)
     cross_cot = None
     if config.ot:
         for model in (student, teacher):
-            check_layers(model, config.layers)
+            check_layers(model.config.get_text_config().num_hidden_layers, config.layers)
         # After the seed and before anything else random, so that a run is its config.
         cross_cot = CrossCoT(
             width(student),
@@ -407,6 +438,7 @@ class DistillTrainer(Trainer):
         *,
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example] | None = None,
+        cache: TeacherCache | None = None,
         sample_rows: Sequence[Row] = (),
     ):
         self.config = config
@@ -425,6 +457,8 @@ class DistillTrainer(Trainer):
             data_collator=partial(
                 collate,
                 tokens=config.tokens if isinstance(config, DistillConfig) else "response",
+                packed=config.padding_free,
+                cached=None if cache is None else cache.states,
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -440,6 +474,16 @@ class DistillTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if self.is_deepspeed_enabled:
             self._prepare_for_deepspeed()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if not self.config.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        examples = cast(Sequence[Example], self.train_dataset)
+        lengths = [max(len(pair.student.ids) for pair in example.texts) for example in examples]
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # Not by set_epoch, which does not reach it when two processes resume within an epoch.
+        return LengthSampler(lengths, rows, args.seed, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Student: decayed and undecayed parameters; projections: decayed, with their own rate."""
@@ -1004,7 +1048,12 @@ def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:
     )
 
 
-def _prepared(config: TrainConfig, distiller: Distiller) -> Distiller:
+def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distiller:
+    if config.padding_free:
+        name = config.student if isinstance(config, DistillConfig) else config.model
+        check_packing(distiller.student, name)
+        if isinstance(config, DistillConfig) and distiller.teacher and not config.teacher_cache:
+            check_packing(distiller.teacher, config.teacher)
     if config.lora_r:
         distiller.student = add_lora(distiller.student, config)  # type: ignore[assignment]
     if config.gradient_checkpointing:

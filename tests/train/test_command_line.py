@@ -16,6 +16,7 @@ from cot2align.train import config as config_module
 from cot2align.train.__main__ import COMMANDS, main
 from cot2align.train.config import (
     AugmentConfig,
+    CacheConfig,
     DistillConfig,
     EvaluateConfig,
     JudgeConfig,
@@ -79,7 +80,7 @@ def test_help_in_under_a_second(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cls", [SFTConfig, AugmentConfig, DistillConfig, EvaluateConfig, JudgeConfig]
+    "cls", [SFTConfig, AugmentConfig, CacheConfig, DistillConfig, EvaluateConfig, JudgeConfig]
 )
 def test_help_names_every_setting_and_the_resolved_config_reads_back(cls, capsys, tmp_path):
     with pytest.raises(SystemExit):

@@ -65,14 +65,33 @@ def test_gradient_checkpointing(unbroken, settings, tmp_path) -> None:
     assert_same(log_of(tmp_path / "recomputed"), unbroken)
 
 
+def test_padding_free(unbroken, settings, tmp_path) -> None:
+    packed = {**settings, "padding_free": "true"}
+    assert cli("distill", output=tmp_path / "packed", **packed) == 0
+    assert_same(log_of(tmp_path / "packed"), unbroken)
+
+
 def test_two_processes(unbroken, settings, tmp_path) -> None:
-    divided = {
-        **settings,
-        "batch_size": 1,
-        "gradient_accumulation": 2,
-        "output": tmp_path / "divided",
-        "device": "cpu",
-    }
+    in_two_processes({**settings, "output": tmp_path / "divided"})
+    assert_same(log_of(tmp_path / "divided"), unbroken)
+
+
+def test_two_processes_from_a_cache_without_padding(distill_settings, tmp_path) -> None:
+    """Rows by length, too: the same steps for any number of processes."""
+    settings = {**distill_settings, "kd": "dskd"}
+    made = ("teacher", "train", "max_length", "max_prompt_length")
+    cache = {name: settings[name] for name in made} | {"cache_dtype": "float32"}
+    assert cli("cache", output=tmp_path / "cache", **cache) == 0
+    by_length = {**settings, "group_by_length": "true"}
+    assert cli("distill", output=tmp_path / "one", **by_length) == 0
+    further = {"teacher_cache": tmp_path / "cache", "padding_free": "true"}
+    in_two_processes({**by_length, **further, "output": tmp_path / "two"})
+    assert_same(log_of(tmp_path / "two"), log_of(tmp_path / "one"))
+
+
+def in_two_processes(settings: dict) -> None:
+    """Run `distill`; the same rows per step as one process's four."""
+    divided = {**settings, "batch_size": 1, "gradient_accumulation": 2, "device": "cpu"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "cot2align.train", "distill", *options(**divided)],
@@ -85,4 +104,3 @@ def test_two_processes(unbroken, settings, tmp_path) -> None:
     )
     if done.returncode != 0:
         pytest.fail(f"exit code {done.returncode}, workers said:\n{done.stdout}", pytrace=False)
-    assert_same(log_of(tmp_path / "divided"), unbroken)

@@ -49,7 +49,7 @@ def test_heads(name, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), byte_level_bpe(), dtype="float32", max_length=64)
     ids = torch.randint(0, 400, (2, 9))
-    hidden = body_states(loaded, ids, torch.ones_like(ids))[-1]
+    hidden = body_states(loaded, input_ids=ids, attention_mask=torch.ones_like(ids))[-1]
     torch.testing.assert_close(lm_logits(loaded, hidden), loaded(input_ids=ids).logits)
 
 

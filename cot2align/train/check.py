@@ -1,0 +1,517 @@
+"""The command `check`: what a run needs and what its data are like, before anything is spent.
+
+`check(config)` takes the config of `sft` or `distill`, reads all rows, loads the models and returns
+what it found. Memory is predicted for one process and the largest batch of a shuffled epoch:
+
+    weights      of student, teacher (of a cached one, its head and embeddings) and projections
+    gradients    of what is trained; with several processes a second copy, in DDP's buckets
+    optimizer    AdamW's two averages
+    activations  what the student's forward pass leaves for the backward pass, and what that adds
+    teacher run  the most that is alive in the teacher's forward pass; of a cache, the states read
+    logits       a chunk of them and the gradients of the head, see token_states
+    OT           the tokens, projected ones and gradients of the kernel, and one problem's matrices
+
+The two forward passes are measured: every tensor that they make is counted, at three lengths of at
+most 256 tokens, and a parabola through these gives the bytes of any batch. The others are formulas.
+Not all items are alive together: the peak is the largest of the four moments teacher run, losses,
+backward, optimizer. Not counted: the libraries themselves, a CUDA context, what an allocator loses.
+Then two steps are run on that batch, with the optimizer, and timed; nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging as transformers_logging
+
+from cot2align.train import token_states
+from cot2align.train.config import CheckConfig, DistillConfig, SFTConfig, UserError, without_effect
+from cot2align.train.data import (
+    Cuts,
+    Example,
+    Row,
+    Text,
+    TextEncoder,
+    collate,
+    encode_rows,
+    model_batch,
+    read_rows,
+)
+from cot2align.train.losses.dskd import DSKD
+from cot2align.train.losses.mined import TokenAligner, Vocabulary, shared_tokens
+from cot2align.train.models import Tokenizer, body_states, load_tokenizer, width
+from cot2align.train.teacher import TeacherCache
+from cot2align.train.token_states import model_inputs
+from cot2align.train.trainer import (
+    DistillTrainer,
+    build_distiller,
+    one_vocabulary,
+    training_arguments,
+)
+
+LONGEST_MEASURED = 256
+SHARE_OF_MEMORY = 0.9  # that a suggested batch may take
+SAMPLE = 1000  # rows that tokens per character are counted on
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A batch as memory sees it: texts and, of each side, the padded length, all tokens, those
+    whose states are packed, and the response's."""
+
+    texts: int
+    length: int
+    everything: int
+    tokens: int
+    responses: int
+    teacher_length: int
+    teacher_everything: int
+    teacher_tokens: int
+    teacher_responses: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Predicted bytes: of every item, and of the moments; the peak is the largest of these."""
+
+    items: dict[str, int]
+    moments: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.moments.values())
+
+
+def run(config: CheckConfig) -> dict[str, Any]:
+    """Print what `check` found; returns it. Raises UserError."""
+    found = check(config.checked(), processes=config.processes, steps=2 if config.dry_run else 0)
+    print("\n".join(lines(found)))
+    return found
+
+
+def check(
+    config: SFTConfig | DistillConfig, *, processes: int = 1, steps: int = 2
+) -> dict[str, Any]:
+    """What a run of `config` needs; raises UserError for what it would refuse.
+
+    processes: data-parallel ones. steps: of the dry run. Returns {"parameters", "memory": Memory,
+    "data", "vocabulary" and "alignment" (in distillation), "dry_run": [seconds] and "used": bytes
+    (with steps), "batch_size" and "gradient_accumulation": suggested, "notes"}.
+    """
+    with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes its output folder
+        config = dataclasses.replace(config, output=nowhere, eval=None)
+        return _check(config, processes, steps)
+
+
+def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dict[str, Any]:
+    transformers_logging.set_verbosity_error()
+    rows = read_rows(config.train)
+    set_seed(config.seed)
+    arguments = training_arguments(config)
+    load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
+    tokenizers: list[Tokenizer] = []
+    same_tokens, align, cache = False, None, None
+    if isinstance(config, DistillConfig):
+        if config.teacher_cache:
+            cache = TeacherCache(config.teacher_cache, checksums=config.teacher_cache_checksums)
+            cache.check(config)
+        tokenizers = [load(config.student), load(config.teacher_cache or config.teacher)]
+        same_tokens = one_vocabulary(config, *tokenizers)
+        if config.kd == "mined":
+            align = TokenAligner(tokenizers[0], tokenizers[1], config.token_maps)
+    else:
+        tokenizers = [load(config.model)]
+    encoders = [
+        TextEncoder(
+            tokenizer,
+            prompt_format=config.prompt_format,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+        )
+        for tokenizer in tokenizers
+    ]
+    examples, cuts = encode_rows(
+        rows, *encoders, texts=config.texts, same_vocabulary=same_tokens, align=align
+    )
+    if cache is not None:
+        cache.check_texts(rows, examples, config.texts, config.train)
+    distiller = build_distiller(
+        config, tokenizers[0], tokenizers[1] if len(tokenizers) == 2 else None, align
+    )
+    trainer = DistillTrainer(
+        distiller, arguments, config, tokenizers[0], train_dataset=examples, cache=cache
+    )
+    distiller.train()
+
+    found: dict[str, Any] = {
+        "parameters": {
+            name: _counts(module)
+            for name, module in (("student", distiller.student), ("teacher", distiller.teacher))
+            if module is not None
+        },
+        "data": _data(rows, examples, cuts),
+        "notes": without_effect(config),
+    }
+    projections = sum(p.numel() for p in distiller.projection_parameters().values())
+    found["parameters"]["projections"] = (projections, projections)
+    if len(tokenizers) == 2:
+        found["vocabulary"] = _vocabulary(tokenizers, rows, config.texts)
+        if align is not None:
+            found["alignment"] = _aligned_share(examples)
+
+    predict = _Predictor(trainer, examples, processes)
+    found["memory"] = predict(config.batch_size)
+    available = _available(arguments.device)
+    found["available"] = available
+    rows_per_step = config.batch_size * config.gradient_accumulation
+    fitting = [
+        size
+        for size in range(1, min(rows_per_step, len(examples)) + 1)
+        if rows_per_step % size == 0 and predict(size).peak <= SHARE_OF_MEMORY * available
+    ]
+    found["batch_size"] = max(fitting, default=0)
+    found["gradient_accumulation"] = rows_per_step // max(fitting, default=1)
+    if steps:
+        batch = collate(
+            largest(examples, config.batch_size, config.padding_free),
+            predict.tokens,
+            packed=config.padding_free,
+            cached=None if cache is None else cache.states,
+        )
+        found["dry_run"], found["used"] = _dry_run(trainer, batch, steps)
+        epochs = len(examples) / (rows_per_step * processes) * config.epochs
+        found["steps"] = config.max_steps or round(epochs)
+    return found
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What `check` found, for people."""
+    memory: Memory = found["memory"]
+    data = found["data"]
+    shown = [*found["notes"], "parameters"]
+    for name, (count, trained) in found["parameters"].items():
+        if count:
+            shown.append(f"  {name:<22}{count / 1e6:12.2f} million, {trained / 1e6:.2f} trained")
+    shown += ["data", f"  {data['rows']} rows, {data['rationales']} with a rationale"]
+    shown += [f"  {name} texts {cut}" for name, cut in data["cuts"].items()]
+    if "vocabulary" in found:
+        v = found["vocabulary"]
+        shown += [
+            "vocabularies",
+            f"  student {v['student']} tokens, teacher {v['teacher']}, {v['shared']} shared",
+            "  response tokens per character: "
+            f"student {v['student_rate']:.3f}, teacher {v['teacher_rate']:.3f}",
+        ]
+    if "alignment" in found:
+        shown.append(f"  mined aligns {found['alignment']:.1%} of the student's response tokens")
+    shown.append("memory of one process, predicted")
+    shown += [f"  {name:<22}{size / 2**20:12.1f} MiB" for name, size in memory.items.items()]
+    moment = max(memory.moments, key=memory.moments.__getitem__)
+    shown.append(f"  {f'peak, at {moment}':<22}{memory.peak / 2**20:12.1f} MiB")
+    shown.append(f"  {'available':<22}{found['available'] / 2**20:12.1f} MiB")
+    if found["batch_size"]:
+        shown.append(
+            f"suggested: batch_size {found['batch_size']}, gradient_accumulation "
+            f"{found['gradient_accumulation']} (the same rows per step)"
+        )
+    else:
+        shown.append("suggested: a smaller model or max_length; one row does not fit")
+    if "dry_run" in found:
+        seconds = found["dry_run"]
+        shown.append(
+            f"dry run: steps of {', '.join(f'{s:.2f}' for s in seconds)} s on a largest batch; "
+            f"{found['steps']} steps take {found['steps'] * seconds[-1] / 3600:.2f} h at most"
+        )
+        if found["used"] is not None:
+            shown.append(f"dry run used {found['used'] / 2**20:.1f} MiB")
+    return shown
+
+
+class CountedBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive, and the most that ever were."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.alive = self.peak = 0
+        self._counted = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._counted:
+                    self._counted.add(storage._cdata)
+                    self.alive += storage.nbytes()
+                    self.peak = max(self.peak, self.alive)
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return made
+
+    def _free(self, identity: int, size: int) -> None:
+        self._counted.discard(identity)
+        self.alive -= size
+
+
+class _Predictor:
+    """batch size -> Memory."""
+
+    def __init__(self, trainer: DistillTrainer, examples: Sequence[Example], processes: int):
+        self.trainer, self.examples, self.processes = trainer, examples, processes
+        self.distiller = cast(Any, trainer.model)
+        self.config = cast(Any, trainer.config)
+        distills = isinstance(trainer.config, DistillConfig)
+        self.tokens: str = self.config.tokens if distills else "response"
+        self.cached = distills and self.config.teacher_cache is not None
+        longest = shape(largest(examples, 1))
+        self.student_run = self._measured(self.distiller.student, longest.length, True)
+        self.teacher_run: Callable[[int, float], list[int]] = lambda texts, length: [0]
+        if self.distiller.teacher is not None and not self.cached:
+            self.teacher_run = self._measured(self.distiller.teacher, longest.teacher_length, False)
+
+    def __call__(self, batch_size: int) -> Memory:
+        size = shape(largest(self.examples, batch_size, self.config.padding_free), self.tokens)
+        student, teacher = self.distiller.student, self.distiller.teacher
+        projections = [*self.distiller.projection_parameters().values()]
+        trained = _bytes(p for p in (*student.parameters(), *projections) if p.requires_grad)
+        ours, theirs = (
+            ((2, size.everything / 2), (2, size.teacher_everything / 2))
+            if self.config.padding_free
+            else ((size.texts, size.length), (size.texts, size.teacher_length))
+        )
+        activations, recomputed = self.student_run(*ours)
+        items = {
+            "student weights": _bytes((*student.parameters(), *student.buffers())),
+            "teacher weights": _bytes((*teacher.parameters(), *teacher.buffers()))
+            if teacher is not None
+            else 0,
+            "projections": _bytes(projections),
+            "gradients": trained * (2 if self.processes > 1 else 1),
+            "optimizer": 2 * trained,
+            "activations": activations + recomputed,
+            "teacher run": self.teacher_run(*theirs)[0],
+            "logits": 0,
+            "OT": 0,
+        }
+        head_gradient, items["logits"] = self._logits(size)
+        if self.distiller.cross_cot is not None:
+            items["OT"] = self._ot(size)
+        packed = 4 * width(student) * size.tokens
+        if teacher is not None:
+            layers = len({"last", *(self.config.layers if self.config.ot else ())})
+            states = layers * teacher.dtype.itemsize * width(teacher) * size.teacher_tokens
+            packed += states
+            if self.cached:
+                items["teacher run"] = states
+        # DDP keeps its buckets; gradients outlive a step's first backward passes.
+        buckets = trained if self.processes > 1 else 0
+        held = trained if self.config.gradient_accumulation > 1 else 0
+        names = ("student weights", "teacher weights", "projections", "optimizer")
+        base = sum(items[name] for name in names) + buckets
+        forward = base + held + activations
+        moments = {
+            "teacher run": forward + items["teacher run"],
+            "losses": forward + packed + items["logits"] + items["OT"],
+            "backward": forward + recomputed + 2 * head_gradient,
+            "optimizer": base + trained,
+        }
+        return Memory(items, moments)
+
+    def _logits(self, size: Shape) -> tuple[int, int]:
+        """Bytes of all gradients of the head that the losses hold, and with these of a chunk."""
+        head: Any = self.distiller.student.get_output_embeddings()
+        vocabulary = head.weight.shape[0]
+        values = size.responses * vocabulary
+        calls = 1
+        if self.distiller.kd is not None:
+            calls = 2
+            teacher_head: Any = self.distiller.teacher.get_output_embeddings()
+            theirs = teacher_head.weight.shape[0]
+            kd = values + size.teacher_responses * theirs
+            if isinstance(self.distiller.kd, DSKD):
+                kd = 2 * max(values, size.teacher_responses * theirs)
+            values = max(values, kd)
+        chunk = 4 * min(values, token_states.LOGITS_PER_CHUNK)
+        gradient = 4 * head.weight.numel() if head.weight.requires_grad else 0
+        return calls * gradient, calls * gradient + round(1.2 * chunk)
+
+    def _ot(self, size: Shape) -> int:
+        """Tokens of both sides, projected ones, their gradients, and a problem's matrices."""
+        d, D = width(self.distiller.student), width(self.distiller.teacher)
+        tokens = 2 * size.tokens * d + size.teacher_tokens * (D + 2 * d)
+        layers = len(self.config.layers)
+        return 4 * (layers * tokens + 3 * size.length * size.teacher_length)
+
+    def _measured(
+        self, model: PreTrainedModel, longest: int, trains: bool
+    ) -> Callable[[int, float], list[int]]:
+        """(texts, length) -> bytes: what a forward pass that trains leaves, and what its backward
+        pass adds at most (checkpoints are computed again), without gradients of weights; else the
+        most in a forward pass that does not train."""
+        longest = min(longest, LONGEST_MEASURED)
+        lengths = sorted({max(4, longest // 4), max(6, longest // 2), max(8, longest)})
+        known = [*model.parameters(), *model.buffers()]
+        trained = [p for p in known if p.requires_grad][:1]
+        found = []
+        for length in lengths:
+            # Two lengths, so that the attention's mask is made, as in any batch.
+            texts = [Text([0] * n, 1) for n in (length, length - 1)]
+            batch = model_batch(texts, packed=self.config.padding_free)
+            inputs = self.trainer._prepare_inputs(model_inputs(batch))
+            with (
+                torch.set_grad_enabled(trains),
+                CountedBytes([*known, *inputs.values()]) as counted,
+            ):
+                with self.trainer.compute_loss_context_manager():
+                    last = body_states(model, **inputs)[-1]
+                if not trains:
+                    found.append([counted.peak])
+                    continue
+                counted.peak = left = counted.alive
+                # One gradient makes the backward pass go through all layers.
+                torch.autograd.grad(last, trained, torch.ones_like(last))
+                found.append([left, counted.peak - left])
+            del last
+        powers = torch.tensor(lengths, dtype=torch.float64)[:, None] ** torch.arange(3)
+        fit = torch.linalg.solve(powers, torch.tensor(found, dtype=torch.float64))
+
+        def of(texts: int, length: float) -> list[int]:
+            parts = torch.tensor([1, texts / 2 * length, texts / 2 * length**2]).double()
+            return [max(0, round(value)) for value in (parts @ fit).tolist()]
+
+        return of
+
+
+def shape(examples: Sequence[Example], tokens: str = "response") -> Shape:
+    """The Shape of a batch of these rows; tokens: the positions that are packed."""
+    texts = [pair for example in examples for pair in example.texts]
+    sides = []
+    for side in ([pair.student for pair in texts], [pair.teacher for pair in texts]):
+        present = [text for text in side if text is not None]
+        length = max((len(text.ids) for text in present), default=0)
+        responses = sum(len(text.response_ids) for text in present)
+        everything = sum(len(text.ids) for text in present)
+        sides.append((length, everything, everything if tokens == "all" else responses, responses))
+    return Shape(len(texts), *sides[0], *sides[1])
+
+
+def largest(
+    examples: Sequence[Example], batch_size: int, padding_free: bool = False
+) -> list[Example]:
+    """Of the batches of one shuffled epoch, that with the most tokens, padding counted or not."""
+    order = random.Random(0).sample(range(len(examples)), len(examples))
+    batches = (
+        [examples[i] for i in order[first : first + batch_size]]
+        for first in range(0, len(order), batch_size)
+    )
+
+    def tokens(batch: Sequence[Example]) -> int:
+        of = shape(batch)
+        if padding_free:
+            return of.everything + of.teacher_everything
+        return of.texts * (of.length + of.teacher_length)
+
+    return max(batches, key=tokens)
+
+
+def _dry_run(
+    trainer: DistillTrainer, batch: dict[str, Any], steps: int
+) -> tuple[list[float], int | None]:
+    """Seconds of every step, and on a GPU the most bytes that were in use."""
+    optimizer = trainer.create_optimizer()
+    device = trainer.args.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        for _ in range(trainer.config.gradient_accumulation):
+            inputs = trainer._prepare_inputs(batch)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.model(**inputs)["loss"]
+            loss.backward()
+        nn.utils.clip_grad_norm_(parameters, trainer.config.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return seconds, used
+
+
+def _data(
+    rows: Sequence[Row], examples: Sequence[Example], cuts: dict[str, Cuts]
+) -> dict[str, Any]:
+    return {
+        "rows": len(examples),
+        "rationales": sum(bool(row.rationale) for row in rows),
+        "cuts": cuts,
+    }
+
+
+def _vocabulary(tokenizers: Sequence[Tokenizer], rows: Sequence[Row], texts: str) -> dict[str, Any]:
+    student, teacher = tokenizers
+    try:
+        shared = len(shared_tokens(Vocabulary(student), Vocabulary(teacher))[0])
+    except UserError:
+        shared = 0
+    responses = [
+        row.response(is_cot)
+        for row in rows[:SAMPLE]
+        for is_cot in (False, True)
+        if texts in ("both", "cot" if is_cot else "standard") and (row.rationale or not is_cot)
+    ]
+    characters = sum(map(len, responses))
+    rates = [
+        sum(map(len, tokenizer(responses, add_special_tokens=False)["input_ids"])) / characters
+        for tokenizer in tokenizers
+    ]
+    return {
+        "student": len(student),
+        "teacher": len(teacher),
+        "shared": shared,
+        "student_rate": rates[0],
+        "teacher_rate": rates[1],
+    }
+
+
+def _aligned_share(examples: Sequence[Example]) -> float:
+    places = [
+        place for example in examples for pair in example.texts for place in pair.alignment or ()
+    ]
+    return sum(place >= 0 for place in places) / len(places)
+
+
+def _counts(module: nn.Module) -> tuple[int, int]:
+    """Parameters, and those of them that are trained."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _available(device: torch.device) -> int:
+    """Bytes of the device's memory, or that the system would give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 2**63
+    line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
