@@ -37,11 +37,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measure import QUANTILES, surroundings
+from cot2align.train.__main__ import config_class, run_module
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import Example, Text, TextEncoder, collate, encode_rows, read_rows
-from cot2align.train.demo import DemoConfig, prepare, stages
+from cot2align.train.demo import DemoConfig, recipe_of
 from cot2align.train.distiller import Distiller
 from cot2align.train.models import load_tokenizer
+from cot2align.train.recipe import make_plan
 from cot2align.train.trainer import build_distiller
 
 JOINED = 4  # problems of the demo in one text of the larger setup
@@ -50,14 +52,14 @@ WAYS = ("native", "reference", "no OT", "student only", "per sample")
 
 def enlarge(folder: Path) -> dict[str, int]:
     """Longer texts and larger models in place of the demo's -> the settings that this needs."""
-    data = folder / "train.jsonl"
+    data = folder / "data" / "train.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     joined = [rows[i : i + JOINED] for i in range(0, len(rows), JOINED)]
     texts = [{key: " ".join(row[key] for row in some) for key in some[0]} for some in joined]
     data.write_text("".join(json.dumps(text) + "\n" for text in texts))
     sizes = {
-        "student": {"n_embd": 384, "n_layer": 7, "n_head": 6, "n_positions": 512},
-        "teacher": {
+        "new-student": {"n_embd": 384, "n_layer": 7, "n_head": 6, "n_positions": 512},
+        "new-teacher": {
             "hidden_size": 640,
             "intermediate_size": 1760,
             "num_hidden_layers": 7,
@@ -80,9 +82,12 @@ def make_step(
 ) -> tuple[DistillConfig, Distiller, list[Example]]:
     """The demo's distillation from untrained models, and one batch."""
     demo = DemoConfig(output=str(folder), train_rows=rows, test_rows=1, device="cpu")
-    prepare(demo, folder)
-    (stage,) = (stage for stage in stages(demo, folder) if stage.command == "distill")
-    settings = {**stage.settings, "teacher": str(folder / "models" / "teacher")}
+    stages = {stage.name: stage for stage in make_plan(recipe_of(demo)).stages}
+    for name in ("data", "models/new-teacher", "models/new-student"):
+        command = stages[name].command
+        run_module(command).run(build(config_class(command), stages[name].settings))
+    settings = stages["students/distilled/seed-10"].settings
+    settings = {**settings, "teacher": str(folder / "models" / "new-teacher"), "eval": None}
     config = build(DistillConfig, settings | (enlarge(folder) if larger else {}))
     tokenizers = [load_tokenizer(name) for name in (config.student, config.teacher)]
     encoders = [
