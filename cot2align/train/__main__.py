@@ -7,15 +7,13 @@ exit code 2, never a traceback.
 
 from __future__ import annotations
 
-import errno
 import importlib
-import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from cot2align.train.config import UserError, nearest, parse_command_line
+from cot2align.train.files import refused_write
 
 # command: (what it does, module and class of its config, module of its run)
 COMMANDS = {
@@ -30,11 +28,6 @@ COMMANDS = {
     "run": ("a whole study from one recipe, to one table", "config:RecipeConfig", "recipe"),
     "new-model": ("an untrained small model from rows", "config:NewModelConfig", "new_model"),
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),
-}
-# A disk that is full or a place that may not be written, whoever tried.
-WRITE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 PROG = "python -m cot2align.train"
 
@@ -55,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception as error:
-        reason = _write_failure(error, getattr(config, "output", "output"))
+        reason = refused_write(error)
         if reason is None:
             raise
+        file = getattr(error, "filename", None) or getattr(config, "output", "output")
         # On a line of its own, after a progress bar that was cut short.
-        print(f"\nerror: {reason}", file=sys.stderr)
+        print(f"\nerror: {file}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -78,18 +72,6 @@ def config_class(command: str) -> Any:
 def run_module(command: str) -> Any:
     """The module whose `run(config)` is the command."""
     return importlib.import_module(f"cot2align.train.{COMMANDS[command][2]}")
-
-
-def _write_failure(error: Exception, output: str) -> str | None:
-    """The line for a write that the disk or its permissions refused, whichever library tried."""
-    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-        return f"{error.filename or output}: {error.strerror}"
-    code = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
-    if code and int(code[1]) in WRITE_ERRORS:
-        return f"{output}: {os.strerror(int(code[1]))}"
-    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch.save
-        return f"{output}: a checkpoint cannot be written; is the disk full?"
-    return None
 
 
 def _usage() -> str:

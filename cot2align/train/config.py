@@ -160,6 +160,13 @@ class TrainConfig(TextConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
+        if self.generate_rows:
+            _check_room(self.max_new_tokens, self.max_length)
+        if self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length {self.max_prompt_length} must be below max_length "
+                f"{self.max_length}"
+            )
         for contradicted, reason in (
             (
                 self.generate_rows > 0 and self.eval is None,
@@ -377,6 +384,19 @@ class GenerationConfig(TextConfig):
         "auto", "weights; auto: as saved", choices=("auto", "float32", "bfloat16", "float16")
     )
 
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        if not getattr(self, "server", None):
+            _check_room(self.max_new_tokens, self.max_length)
+
+
+def _check_room(max_new_tokens: int, max_length: int) -> None:
+    if max_new_tokens >= max_length:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens} must be below max_length {max_length}: the prompt "
+            "gets the rest"
+        )
+
 
 @dataclass(kw_only=True)
 class ServerConfig:
@@ -438,6 +458,7 @@ class AugmentConfig(GenerationConfig, ServerConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
+        super().__post_init__()
         if self.server and self.server_api == "completions" and self.prompt_format == "chat":
             raise UserError(
                 "'prompt_format' chat is a user's message, which 'server_api' completions would "

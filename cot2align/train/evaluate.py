@@ -19,7 +19,6 @@ torn last line, keeps what is there and generates the rest, in the same batches 
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from cot2align.train.config import EvaluateConfig, UserError, to_yaml
 from cot2align.train.data import Row, TextEncoder, model_batch, read_rows
-from cot2align.train.files import write_whole
+from cot2align.train.files import whole_lines, write_whole
 from cot2align.train.generation import Generated, Generator
 from cot2align.train.losses.cross_entropy import cross_entropy
 from cot2align.train.token_states import token_states
@@ -242,7 +241,8 @@ def _open_output(config: EvaluateConfig, folder: Path) -> dict[tuple, dict[str, 
     """Finished predictions, (set, prompt, seed) -> row id -> line; a torn last line is cut off."""
     settings = to_yaml(replace(config, resume=False))
     note = folder / CONFIG_FILE
-    used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    used = folder.is_file() or any(path.suffix != ".partial" for path in there)
     if used and not (config.resume and note.is_file()):
         hint = "" if config.resume else "; choose another, or --resume to continue"
         raise UserError(f"output folder {folder} is not empty or not a folder{hint}")
@@ -251,12 +251,10 @@ def _open_output(config: EvaluateConfig, folder: Path) -> dict[tuple, dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(note, settings)
     path = folder / PREDICTIONS_FILE
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    lines = whole_lines(path)
+    write_whole(path, "".join(line + "\n" for line in lines))
     done: dict[tuple, dict[str, Scores]] = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             scores = json.loads(line)
             done.setdefault((scores["set"], scores["prompt"], scores["seed"]), {})[scores["id"]] = (

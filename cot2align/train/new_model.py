@@ -50,6 +50,8 @@ def run(config: NewModelConfig) -> dict[str, Any]:
         raise UserError(f"output folder {config.output} is not empty or not a folder")
     if config.width % (2 * config.heads):
         raise UserError(f"width {config.width} must be a multiple of twice heads {config.heads}")
+    if config.shape != "gpt2" and config.heads % 2:
+        raise UserError(f"heads {config.heads} must be even: half of them are for keys")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tokenizer = TOKENIZERS[config.tokenizer](row_texts(rows, config.prompt_format), config.pieces)

@@ -22,19 +22,23 @@ that has changed is run anew, with the old folder moved to `replaced/`.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +87,7 @@ class Plan:
     titles: dict[str, str]
     scores: dict[str, dict[int | None, Stage]]
     trainings: dict[str, dict[int | None, Stage]]
+    jobs: int
 
 
 def run(config: RecipeConfig) -> dict[str, Any]:
@@ -93,9 +98,9 @@ def run(config: RecipeConfig) -> dict[str, Any]:
     from cot2align.train import report
 
     plan = make_plan(config)
-    with _locked(plan.folder):
+    with _locked(plan.folder) as lock, _terminated_like_interrupted():
         write_whole(plan.folder / RECIPE_FILE, to_yaml(config))
-        _Runner(plan, config).run()
+        _Runner(plan, config, lock).run()
         return report.write(plan)
 
 
@@ -142,7 +147,8 @@ class _Planner:
             self.method(name, dict(settings), data, rows, rows_needs)
         if config.judge is not None:
             self.judge(dict(config.judge), data["test"], data_needs)
-        return Plan(self.folder, tuple(self.stages), self.titles, self.scores, self.trainings)
+        stages = tuple(self.stages)
+        return Plan(self.folder, stages, self.titles, self.scores, self.trainings, config.jobs)
 
     def add(
         self, name: str, command: str, settings: dict[str, Any], needs: Needs, **tuning: Any
@@ -150,6 +156,8 @@ class _Planner:
         known = _known(command)
         shared = {key: value for key, value in self.common.items() if key in known}
         stage = Stage(name, command, merged(shared, settings), needs, **tuning)
+        if any(other.name == name for other in self.stages):
+            raise UserError(f"stage {name} would come twice: are two seeds or values the same?")
         _built(stage, stage.settings)
         self.stages.append(stage)
         return stage
@@ -162,7 +170,8 @@ class _Planner:
         given = self.config.data
         if "source" in given:
             self.add("data", "prepare", given | {"output": self.path("data")}, ())
-            return {name: self.path("data", f"{name}.jsonl") for name in SPLITS}, ("data",)
+            splits = [n for n in SPLITS if given.get(f"{n}_rows") != 0]
+            return {name: self.path("data", f"{name}.jsonl") for name in splits}, ("data",)
         for name in given:
             if name not in SPLITS:
                 raise UserError(f"section 'data': unknown setting {name!r}{nearest(name, SPLITS)}")
@@ -185,7 +194,9 @@ class _Planner:
         names = list(self.config.teachers)
         if not self.config.only:
             return names
-        used = {self.config.methods[name].get("teacher", *names[:1]) for name in self.config.only}
+        default = self.config.students.get("teacher", *names[:1])
+        methods = [self.config.methods[name] for name in self.config.only]
+        used = {m.get("teacher", default) for m in methods if m.get("command") != "sft"}
         writes = names[:1] if self.config.rationales is not None else []
         return [name for name in names if name in used or name in writes]
 
@@ -223,6 +234,10 @@ class _Planner:
     def evaluation(self, name: str, model: str, data: dict[str, str], needs: Needs) -> Stage:
         settings = {"data": data["test"], **self.config.evaluate}
         settings |= {"model": model, "output": self.path("scores", name)}
+        for each in settings.get("on", ()):
+            file = Path(settings["data"], str(each), "test.jsonl")
+            if not file.is_file():
+                raise UserError(f"section 'evaluate': on: no file {file}")
         return self.add(f"scores/{name}", "evaluate", settings, needs)
 
     def method(
@@ -249,9 +264,7 @@ class _Planner:
             teacher = settings.get("teacher", next(iter(self.teachers), None))
             if teacher is None:
                 raise UserError(f"method {name}: no teacher; section 'teachers' is empty")
-            settings["teacher"], teacher_needs = self.teachers.get(str(teacher)) or self.model(
-                str(teacher)
-            )
+            settings["teacher"], teacher_needs = self.teacher_of(name, str(teacher))
             needs += teacher_needs
         tuning = self.tries(name, command, settings, own, needs)
         self.trainings[name], self.scores[name] = {}, {}
@@ -269,6 +282,15 @@ class _Planner:
                 f"{name}/seed-{seed}", output, data, (stage.name,)
             )
 
+    def teacher_of(self, method: str, teacher: str) -> tuple[str, Needs]:
+        """A teacher of the recipe or, else, any model."""
+        if teacher in self.teachers:
+            return self.teachers[teacher]
+        if difflib.get_close_matches(teacher, self.teachers):
+            near = nearest(teacher, self.teachers)
+            raise UserError(f"section 'methods.{method}': unknown teacher {teacher!r}{near}")
+        return self.model(teacher)
+
     def judge(self, settings: dict[str, Any], test: str, needs: Needs) -> None:
         """Every method against one of them, with the predictions of the first seed."""
         against = str(settings.pop("against", None))
@@ -278,8 +300,18 @@ class _Planner:
                 f"section 'judge': against: expected a method that is run ({', '.join(methods)}), "
                 f"got {against}"
             )
+        variable = settings.get("api_key_env")
+        if variable and variable not in os.environ:
+            raise UserError(f"section 'judge': the environment has no variable {variable}")
         first = self.config.seeds[0]
         other = self.scores[against][first]
+        asked, made = settings.get("prompt", "standard"), other.settings.get("prompts")
+        if asked not in (made or ["standard"]):
+            raise UserError(f"section 'judge': prompt {asked} is not evaluated, only {made}")
+        if other.settings.get("on") and not {"set", "data"} <= settings.keys():
+            raise UserError(
+                "section 'judge': with several test sets, `set` names one and `data` its rows"
+            )
         settings = {"data": test, **settings, "b": other.settings["output"]}
         for name, by_seed in self.scores.items():
             if name == against or name in self.teachers:
@@ -294,7 +326,7 @@ class _Planner:
         """Add a try for every value; Stage's `tries` and `tuned`, or nothing to tune."""
         tune = dict(self.config.tune)
         lists = [key for key, value in tune.items() if isinstance(value, list)]
-        if not tune or (len(lists) == 1 and lists[0] in own):
+        if not tune or (len(lists) == 1 and (lists[0] in own or lists[0] not in _known(command))):
             return {}
         if len(lists) != 1:
             raise UserError(
@@ -306,7 +338,9 @@ class _Planner:
         stages = []
         for value in tune.pop(setting):
             output = self.path("tuning", name, f"{setting}-{value}")
-            stage_settings = settings | tune | {setting: value, "output": output}
+            # A value under which the training diverges is a result, not an error.
+            stage_settings = {**settings, "on_nan": "skip", **tune, setting: value}
+            stage_settings["output"] = output
             stage_settings |= {"seed": self.config.seeds[0]}
             stages.append(
                 self.add(f"tuning/{name}/{setting}-{value}", command, stage_settings, needs).name
@@ -332,6 +366,15 @@ def _check_sections(config: RecipeConfig) -> None:
                 raise UserError(
                     f"section '{kind}.{name}': expected `name: value` lines, got {settings!r}"
                 )
+    if config.launcher:
+        if config.jobs > 1:
+            raise UserError(f"'jobs' is {config.jobs} and 'launcher' is set: launch one at a time")
+        try:
+            program = shlex.split(config.launcher)[0]
+        except ValueError as error:
+            raise UserError(f"setting 'launcher': {config.launcher!r}: {error}") from None
+        if shutil.which(program) is None:
+            raise UserError(f"setting 'launcher': no program {program!r}")
     for name in config.only:
         if name not in config.methods:
             raise UserError(f"'only': unknown method {name!r}{nearest(name, config.methods)}")
@@ -350,13 +393,8 @@ def _check_sections(config: RecipeConfig) -> None:
 
 def best_try(folder: Path, tries: Sequence[str]) -> str:
     """The name of the try with the least cross entropy on the validation rows at its end."""
-    from cot2align.train.trainer import METRICS_FILE
-
-    losses = {}
-    for name in tries:
-        entries = [*map(json.loads, (folder / name / METRICS_FILE).read_text().splitlines())]
-        losses[name] = [entry["eval_ce"] for entry in entries if "eval_ce" in entry][-1]
-    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    losses = {name: (kept_evaluation(folder / name) or {}).get("eval_ce") for name in tries}
+    finite = {n: loss for n, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
         raise UserError(f"no try of {', '.join(tries)} has a finite validation loss")
     return min(finite, key=finite.__getitem__)
@@ -384,14 +422,44 @@ def _shared(students: dict[str, Any], command: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in _known(command)}
 
 
+def kept_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The evaluation of the weights that a training ended with: the best or the last one."""
+    from cot2align.train.trainer import BEST_FILE, METRICS_FILE
+
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    entries = {entry["step"]: entry for line in lines if "eval_ce" in (entry := json.loads(line))}
+    best = folder / BEST_FILE
+    step = json.loads(best.read_text(encoding="utf-8"))["step"] if best.is_file() else None
+    return entries.get(step, next(reversed(entries.values()), None)) if entries else None
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The study's folder, new, empty or a study already, for this process alone."""
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM leaves through the same door as Ctrl-C, which takes the children along."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """The study's folder, new, empty or a study already, for this process and its children alone;
+    the lock's file descriptor, which they inherit."""
     import fcntl
 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file, expected a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE_FILE).is_file():
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if there - {"stages", f"{RECIPE_FILE}.partial"} and RECIPE_FILE not in there:
         raise UserError(f"output folder {folder} is not empty and holds no study; choose another")
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     with (folder / "stages" / "lock").open("w") as lock:
@@ -399,15 +467,16 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is at work on {folder}") from None
-        yield
+        yield lock.fileno()
 
 
 class _Runner:
     """Runs a plan's stages, one after the other or several at a time."""
 
-    def __init__(self, plan: Plan, config: RecipeConfig):
+    def __init__(self, plan: Plan, config: RecipeConfig, lock: int):
         self.plan = plan
         self.config = config
+        self.lock = lock
         self.keys: dict[str, str] = {}
         self.hashes: dict[str, str] = {}
         self.children: set[subprocess.Popen] = set()
@@ -464,11 +533,14 @@ class _Runner:
         if record.get("key") == key and "seconds" in record and output.exists():
             print(f"{head}: finished before", flush=True)
             return None
+        goes_on = output.exists() and record.get("key") == key
         if output.exists():
-            self._make_room(stage, output, same=record.get("key") == key)
+            self._make_room(stage, output, same=goes_on)
         print(f"{head}: {stage.command} ({elapsed:.0f} s elapsed)", flush=True)
         write_whole(path, yaml.safe_dump(settings, sort_keys=False))
-        self._record(stage, {"key": key})
+        # The time of what is continued is not known.
+        fresh = {"key": key} | ({"continued": True} if goes_on else {})
+        self._record(stage, fresh)
 
         def work() -> None:
             start = time.perf_counter()
@@ -476,7 +548,7 @@ class _Runner:
                 self._call(stage, settings)
             else:
                 self._spawn(stage, path)
-            self._record(stage, {"key": key, "seconds": round(time.perf_counter() - start, 1)})
+            self._record(stage, fresh | {"seconds": round(time.perf_counter() - start, 1)})
 
         return work
 
@@ -485,9 +557,10 @@ class _Runner:
         cannot be continued."""
         target = output.parent if stage.command == "augment" else output
         if not same:
-            taken = [path.name for path in (self.plan.folder / "replaced").glob(f"{stage.slug}.*")]
-            (self.plan.folder / "replaced").mkdir(exist_ok=True)
-            moved = self.plan.folder / "replaced" / f"{stage.slug}.{len(taken) + 1}"
+            replaced = self.plan.folder / "replaced"
+            replaced.mkdir(exist_ok=True)
+            names = (replaced / f"{stage.slug}.{number}" for number in itertools.count(1))
+            moved = next(path for path in names if not path.exists())
             os.replace(target, moved)
             print(f"{stage.name} has changed; the old one is now {moved}", flush=True)
         elif stage.command not in RESUMABLE:
@@ -507,31 +580,42 @@ class _Runner:
         words += ["--resume"] if stage.command in RESUMABLE else []
         threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
         log = self._path(stage, "log")
-        with log.open("a", encoding="utf-8") as file:
+        with log.open("w", encoding="utf-8") as file:
             child = subprocess.Popen(
                 words,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                # A child that outlives this process keeps others away.
+                pass_fds=(self.lock,),
             )
             self.children.add(child)
             code = child.wait()
             self.children.discard(child)
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["done"]
         if code:
-            reason = last[0].removeprefix("error: ") if last else "no output"
+            errors = [line for line in lines if line.startswith("error: ")]
+            reason = (errors or lines)[-1].removeprefix("error: ")
             raise UserError(f"stage {stage.name}: exit code {code}: {reason} (see {log})")
-        print(f"{stage.name}: {last[0] if last else 'done'}", flush=True)
+        print(f"{stage.name}: {lines[-1]}", flush=True)
 
     def _key(self, stage: Stage, settings: dict[str, Any]) -> str:
-        values = [value for value in settings.values() if isinstance(value, str)]
+        whole = asdict(_built(stage, settings))
+        kept = {name: value for name, value in whole.items() if name not in WITHOUT_EFFECT}
+        values = {value for value in kept.values() if isinstance(value, str)}
         made = {
             "command": stage.command,
-            "settings": {k: v for k, v in settings.items() if k not in ("output", "device")},
+            "settings": {name: self._inside(value) for name, value in kept.items()},
             "needs": [self.keys[name] for name in stage.needs],
-            "files": {value: self._hash(value) for value in values if self._is_outside(value)},
+            "files": {v: self._hash(v) for v in sorted(values) if self._is_outside(v)},
         }
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _inside(self, value: Any) -> Any:
+        """A path in the study's folder, from there: the folder may be moved."""
+        folder = self.plan.folder
+        is_ours = isinstance(value, str) and folder in Path(value).parents
+        return str(Path(value).relative_to(folder)) if is_ours else value
 
     def _is_outside(self, value: str) -> bool:
         path = Path(value)
@@ -551,7 +635,8 @@ class _Runner:
 
 
 def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
-    """{"key", "seconds"} of a stage that is finished; "seconds" is missing of one that is not."""
+    """{"key", "seconds", "continued"} of a stage that is finished; "seconds" is missing of one that
+    is not, "continued" is true of one that was interrupted and went on."""
     path = folder / "stages" / f"{stage.slug}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -562,6 +647,11 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+# Settings that change how a stage is run, or what is logged, not what comes out.
+WITHOUT_EFFECT = {
+    *("output", "resume", "device", "token_maps", "logging_steps", "report_to", "checkpoints"),
+    *("concurrency", "requests_per_minute", "timeout", "retries", "api_key_env"),
+}
 LARGE = 1 << 26  # bytes; of larger files the size and the time stand for the content
 
 

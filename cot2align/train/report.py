@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from cot2align import __version__
 from cot2align.train.config import PROMPTS
 from cot2align.train.evaluate import RESULTS_FILE
 from cot2align.train.files import write_whole
-from cot2align.train.recipe import RECIPE_FILE, Plan, read_record, read_settings
+from cot2align.train.recipe import RECIPE_FILE, Plan, kept_evaluation, read_record, read_settings
 from cot2align.train.trainer import CONFIG_FILE, METRICS_FILE
 
 MEASURES = ("loss", "rouge_l", "exact_match", "length", "hit_limit", "repetition")
@@ -47,9 +46,9 @@ def write(plan: Plan) -> dict[str, Any]:
     if len(_sets(results)) > 1:
         _plot(results, plan.folder / "report.png")
     for name, by_seed in plan.trainings.items():
-        for stage in by_seed.values():
+        for seed, stage in by_seed.items():
             settings = read_settings(plan.folder, stage.name)
-            card = model_card(results, name, settings, read_record(plan.folder, stage))
+            card = model_card(results, name, str(seed), settings)
             write_whole(Path(settings["output"]) / "README.md", card)
     print(f"\n{text}\n-> {plan.folder / 'report.md'}")
     return results
@@ -59,9 +58,9 @@ def collect(plan: Plan) -> dict[str, Any]:
     """{"models": {name: {"title", "seeds": {seed: {"scores", "validation", "settings",
     "tuned", "seconds"}}}}, "judge": {method: judge's}, "threads", "version"}.
 
-    scores: set -> prompt -> evaluate's; validation: the last evaluation of the training, or None;
+    scores: set -> prompt -> evaluate's; validation: that of the weights that are kept, or None;
     settings: the resolved ones of the training; tuned: the setting that was chosen by tries, or "";
-    seconds: of the training.
+    seconds: of the training, None where it was interrupted.
     """
     import torch
 
@@ -74,19 +73,18 @@ def collect(plan: Plan) -> dict[str, Any]:
             sets = scores.get("sets") or {"test": scores}
             training = plan.trainings.get(name, {}).get(seed)
             folder = None if training is None else Path(training.settings["output"])
+            record = {} if training is None else read_record(plan.folder, training)
             models[name]["seeds"][str(seed)] = {
                 "scores": {
                     each: {p: by_prompt[p] for p in PROMPTS if p in by_prompt}
                     for each, by_prompt in sets.items()
                 },
-                "validation": None if folder is None else _last_evaluation(folder),
+                "validation": None if folder is None else _validation(folder),
                 "settings": None
                 if folder is None
                 else yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")),
                 "tuned": "" if training is None else training.tuned,
-                "seconds": None
-                if training is None
-                else read_record(plan.folder, training)["seconds"],
+                "seconds": None if record.get("continued") else record.get("seconds"),
             }
     judged = {}
     for stage in plan.stages:
@@ -100,7 +98,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     return {
         "models": models,
         "judge": judged,
-        "threads": torch.get_num_threads(),
+        "threads": max(1, torch.get_num_threads() // plan.jobs),
         "version": __version__,
     }
 
@@ -139,7 +137,7 @@ def markdown(results: dict[str, Any]) -> str:
     seeds = max((list(model["seeds"]) for model in models.values()), key=len)
     notes = (
         "Loss and CE in nats per token, ROUGE-L and exact match in percent; ± is the sample "
-        f"standard deviation over {'training' if len(seeds) > 1 else 'decoding'} seeds. "
+        "standard deviation over training seeds or, of a model with one, over decoding seeds. "
         + (f"Training seeds {', '.join(seeds)}. " if seeds != ["None"] else "")
         + f"Times with {results['threads']} threads."
     )
@@ -180,11 +178,10 @@ def to_csv(results: dict[str, Any]) -> str:
     return file.getvalue()
 
 
-def model_card(
-    results: dict[str, Any], name: str, settings: dict[str, Any], record: dict[str, Any]
-) -> str:
+def model_card(results: dict[str, Any], name: str, seed: str, settings: dict[str, Any]) -> str:
     """README.md of a trained model: what it is, how it scored, how it was made."""
     model = results["models"][name]
+    model = {**model, "seeds": {seed: model["seeds"][seed]}}
     base = settings.get("student") or settings.get("model")
     scores = {"models": {name: model}, "threads": results["threads"]}
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -199,8 +196,7 @@ def model_card(
             "",
             f"# {model['title']}",
             "",
-            f"`{base}`, {made} with cot2align {results['version']}, in "
-            f"{record.get('seconds', math.nan):.0f} s.",
+            f"`{base}`, {made} with cot2align {results['version']}.",
             "",
             markdown(scores),
             "## Settings",
@@ -216,12 +212,9 @@ def model_card(
     )
 
 
-def _last_evaluation(folder: Path) -> dict[str, float] | None:
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    entries = [entry for line in lines if "eval_ce" in (entry := json.loads(line))]
-    if not entries:
-        return None
-    return {name: value for name, value in entries[-1].items() if name.startswith("eval_")}
+def _validation(folder: Path) -> dict[str, float] | None:
+    entry = kept_evaluation(folder)
+    return entry and {name: value for name, value in entry.items() if name.startswith("eval_")}
 
 
 def _first(models: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ The output folder: a plain `from_pretrained` student with its tokenizer, `projec
 `config.yaml` (resolved, can be run again), `metrics.jsonl` (one JSON line per log entry),
 checkpoints. With `generate_rows` every evaluation also generates, greedily, for rows of `eval`:
 `eval_rougeL` and `eval_exact_match`, and the texts in `samples/`. With `keep_best` the weights of
-the best evaluation wait in `best/` and are what the run ends with.
+the best evaluation wait in `best/` and are what the run ends with; `evaluation.json` names it.
 
 A checkpoint is written beside the others and renamed when it is whole. SIGTERM lets the step end,
 saves, and leaves with exit code 143. Before every optimizer step the losses of its forward passes
@@ -62,6 +62,8 @@ from transformers.integrations import (
     get_available_reporting_integrations,
     is_deepspeed_zero3_enabled,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
@@ -93,7 +95,7 @@ from cot2align.train.data import (
 )
 from cot2align.train.distiller import Distiller
 from cot2align.train.evaluate import predict, samples_table
-from cot2align.train.files import write_whole
+from cot2align.train.files import refused_write, write_whole
 from cot2align.train.generation import Generator
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
@@ -193,7 +195,8 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     )
     start = time.perf_counter()
     with trainer.termination, trainer.progress:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is None or not trainer.load_if_finished(checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     if trainer.state.global_step < trainer.state.max_steps:
         if main_process:
@@ -485,6 +488,18 @@ class DistillTrainer(Trainer):
         # Not by set_epoch, which does not reach it when two processes resume within an epoch.
         return LengthSampler(lengths, rows, args.seed, lambda: int(self.state.epoch or 0))
 
+    def load_if_finished(self, checkpoint: str) -> bool:
+        """Load the checkpoint of the last step; Trainer would go on with one step more."""
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        per_epoch = len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps
+        steps = self.config.max_steps or math.ceil(self.config.epochs * math.ceil(per_epoch))
+        if state.global_step < steps:
+            return False
+        state.max_steps = state.global_step
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        return True
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Student: decayed and undecayed parameters; projections: decayed, with their own rate."""
         if self.optimizer is None:
@@ -713,7 +728,9 @@ class DistillTrainer(Trainer):
     def _save_if_best(self, value: float) -> None:
         """Keep the weights in best/ if no evaluation before this step had a higher value."""
         note = Path(self.config.output, BEST_FOLDER, BEST_FILE)
-        best = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        # A run that had ended, and goes on, has them in its output folder.
+        kept = note if note.is_file() else Path(self.config.output, BEST_FILE)
+        best = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
         step = self.state.global_step
         if not math.isfinite(value) or (best.get("step", step) < step and best["value"] >= value):
             return
@@ -723,15 +740,15 @@ class DistillTrainer(Trainer):
                 write_whole(note, json.dumps({"step": step, "value": value}) + "\n")
 
     def keep_best(self, measure: str) -> None:
-        """End with the weights of best/."""
+        """End with the weights of best/; they are there already where the run had ended."""
         best, output = Path(self.config.output, BEST_FOLDER), Path(self.config.output)
-        if not (best / BEST_FILE).is_file():
+        if (best / BEST_FILE).is_file():
+            with _whole(output) as folder:
+                shutil.copytree(best, folder, dirs_exist_ok=True)
+            shutil.rmtree(best)
+        if not (output / BEST_FILE).is_file():
             raise UserError(f"no evaluation had a finite {measure}; the checkpoints are kept")
-        note = json.loads((best / BEST_FILE).read_text(encoding="utf-8"))
-        with _whole(output) as folder:
-            shutil.copytree(best, folder, dirs_exist_ok=True)
-            (folder / BEST_FILE).unlink()
-        shutil.rmtree(best)
+        note = json.loads((output / BEST_FILE).read_text(encoding="utf-8"))
         print(f"kept the weights of step {note['step']}, {measure} {abs(note['value']):.4g}")
 
     def _get_output_dir(self, trial: Any = None) -> str:
@@ -1024,7 +1041,8 @@ def _written(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{what} cannot be written: {one_line(error)}") from None
+        reason = refused_write(error) or one_line(error)
+        raise UserError(f"{what} cannot be written: {reason}") from None
 
 
 def _trackers(config: TrainConfig) -> list[str]:

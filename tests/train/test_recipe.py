@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -75,6 +74,7 @@ def test_plan(data, tmp_path) -> None:
     assert student.settings == {
         "device": "cpu",
         "max_length": 192,
+        "max_new_tokens": 8,
         "max_prompt_length": 128,
         "max_steps": 2,
         "train": str(tmp_path / "s" / "rationales" / "train.jsonl"),
@@ -131,6 +131,22 @@ def test_only_some_methods_and_the_teachers_that_they_use(data, tmp_path) -> Non
         ({"tune": {"learning_rate": ["high"]}}, "setting 'learning_rate': expected number"),
         ({"seeds": []}, "setting 'seeds' is empty"),
         ({"only": ["dskd"]}, "'only': unknown method 'dskd'"),
+        ({"seeds": [10, 10]}, "stage students/sft/seed-10 would come twice"),
+        ({"methods": {"a": {"teacher": "teacherr"}}}, "unknown teacher 'teacherr'; did you mean"),
+        ({"launcher": "torchrn -x"}, "setting 'launcher': no program 'torchrn'"),
+        ({"launcher": "'torchrun"}, "setting 'launcher': \"'torchrun\": No closing quotation"),
+        ({"launcher": "python", "jobs": 2}, "'jobs' is 2 and 'launcher' is set"),
+        ({"evaluate": {"max_new_tokens": 192}}, "max_new_tokens 192 must be below max_length 192"),
+        (
+            {"evaluate": {"data": "x", "on": ["a"]}},
+            "section 'evaluate': on: no file x/a/test.jsonl",
+        ),
+        ({"judge": {"against": "x"}}, "against: expected a method that is run (sft, uld), got x"),
+        (
+            {"judge": {"against": "sft", "api_key_env": "NO_SUCH_KEY"}},
+            "section 'judge': the environment has no variable NO_SUCH_KEY",
+        ),
+        ({"judge": {"against": "sft"}}, "stage judge/uld: setting 'server' is missing"),
         ({"evaluate": {"prompts": ["cott"]}}, "stage scores/teachers/teacher: setting 'prompts'"),
         ({"rationales": {"temperature": 0}}, "setting 'temperature' must be greater than 0"),
         ({"models": {"large": {"shape": "bert"}}}, "setting 'shape': unknown value 'bert'"),
@@ -240,16 +256,20 @@ def test_killed_and_continued_with_two_jobs(data, tmp_path) -> None:
     path.write_text(yaml.safe_dump(whole))
     command = [sys.executable, "-m", "cot2align.train", "run", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     while not (study / "stages" / "students-sft-seed-10.yaml").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    # Its child goes on alone, and nobody else may work on the study until it has ended.
+    process.kill()
     process.wait()
     before = finished_times(study)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    with pytest.raises(UserError, match="another process is at work"):
+        run(from_sources(RecipeConfig, str(path), {}))
+    while True:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if "another process" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert (study / "report.md").is_file()
     name = "models-small.json"
@@ -307,19 +327,44 @@ def stand_ins(data, tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / str(i)) for i, name in enumerate(STAND_INS)}
 
 
+# In an order in which each comes in a recipe that has it.
+METHODS = [
+    *("sft", "uld", "mined", "dskd", "kl", "kl+cot2align", "uld+cot2align", "mined+cot2align"),
+    *("dskd+cot2align", "dskd+cot2align-authors", "only-cst", "only-crc", "only-last"),
+]
+
+
+def test_the_recipes_cover_all_methods() -> None:
+    chosen = set()
+    for number, path in enumerate(RECIPES):
+        methods = from_sources(RecipeConfig, str(path), {}).methods
+        chosen.add(sorted(methods, key=METHODS.index)[number % len(methods)])
+    assert chosen == set(METHODS)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_small_recipes(path) -> None:
+    stages = make_plan(from_sources(RecipeConfig, str(path), {})).stages
+    assert {"models/new-student", "teachers/sibling", "rationales"} < {s.name for s in stages}
+
+
 @pytest.mark.parametrize(
     ("number", "path"),
     [*enumerate(RECIPES)],
     ids=[f"{path.parent.name}-{path.stem}" for path in RECIPES],
 )
-def test_recipes_of_the_paper(number, path, data, stand_ins, tmp_path) -> None:
+def test_recipes_of_the_paper(number, path, data, stand_ins, tmp_path, monkeypatch) -> None:
     config = from_sources(RecipeConfig, str(path), {})
+    monkeypatch.chdir(tmp_path)
+    for name in config.evaluate.get("on", ()):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "test.jsonl").touch()
     config.only, only = [], config.only
     stages = make_plan(config).stages  # every setting of every method
     assert {s.name for s in stages} > {f"students/{m}/seed-10" for m in config.methods}
     assert set(only) <= set(config.methods)
     # One method of each recipe, all of them over the recipes, with two steps of a training.
-    config.only = [list(config.methods)[number % len(config.methods)]]
+    config.only = [sorted(config.methods, key=METHODS.index)[number % len(config.methods)]]
     config.output = str(tmp_path / "study")
     config.device = "cpu"
     config.data = data

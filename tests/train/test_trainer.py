@@ -234,6 +234,10 @@ def test_evaluation_generates_and_the_best_weights_are_kept(workspace, tmp_path,
         )
         assert all(torch.equal(kept[name], saved[name]) for name in saved)
         assert not (output / "best").exists()
+        # A run that had ended, and goes on: nothing is left to do.
+        assert cli("sft", output=output, keep_best=measure, resume="true", **settings) == 0
+        again = load_file(output / "model.safetensors")
+        assert all(torch.equal(again[name], saved[name]) for name in saved)
         samples = (output / "samples" / "step-3.md").read_text().splitlines()
         assert len(samples) == 2 + 3
         assert all(0 <= e["eval_exact_match"] <= 100 for e in entries if "eval_loss" in e)
