@@ -186,7 +186,7 @@ def test_an_adapter_on_an_adapter_is_refused(adapter, workspace) -> None:
         DistillConfig,
         {
             **{"student": adapter, "teacher": workspace.teacher, "train": workspace.train},
-            **{"output": "unused", "lora_r": 2, "max_length": MAX_LENGTH},
+            **{"output": "unused", "lora_r": 2, "max_length": MAX_LENGTH, "max_prompt_length": 160},
         },
     )
     tokenizer = load_tokenizer(adapter)
