@@ -128,6 +128,10 @@ class TrainConfig(TextConfig):
     generate_rows: int = setting(
         0, "evaluation rows to generate for, greedily, at every evaluation; 0 = none", at_least=0
     )
+    generate_data: list[str] = field(
+        default_factory=list,
+        metadata=about("files of those rows, whose mean counts; empty: eval"),
+    )
     generate_prompt: str = setting("standard", "the prompt of those rows", choices=PROMPTS)
     max_new_tokens: int = setting(256, "tokens generated for such a row at most", at_least=1)
     keep_best: str = setting(
@@ -170,7 +174,7 @@ class TrainConfig(TextConfig):
         for contradicted, reason in (
             (
                 self.generate_rows > 0 and self.eval is None,
-                "'generate_rows' takes rows of 'eval', which is none",
+                "'generate_rows' generates at evaluations, and 'eval' is none",
             ),
             (
                 self.keep_best == "rougeL" and not self.generate_rows,
@@ -676,7 +680,7 @@ _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "generate_rows is 0",
         lambda config: config.generate_rows == 0,
-        ("generate_prompt", "max_new_tokens"),
+        ("generate_prompt", "generate_data", "max_new_tokens"),
     ),
     (
         "lora_r is 0",

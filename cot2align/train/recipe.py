@@ -602,7 +602,8 @@ class _Runner:
     def _key(self, stage: Stage, settings: dict[str, Any]) -> str:
         whole = asdict(_built(stage, settings))
         kept = {name: value for name, value in whole.items() if name not in WITHOUT_EFFECT}
-        values = {value for value in kept.values() if isinstance(value, str)}
+        lists = (value if isinstance(value, list) else [value] for value in kept.values())
+        values = {value for some in lists for value in some if isinstance(value, str)}
         made = {
             "command": stage.command,
             "settings": {name: self._inside(value) for name, value in kept.items()},

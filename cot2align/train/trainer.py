@@ -8,9 +8,10 @@ schedules, resume) is Trainer's.
 
 The output folder: a plain `from_pretrained` student with its tokenizer, `projections.safetensors`,
 `config.yaml` (resolved, can be run again), `metrics.jsonl` (one JSON line per log entry),
-checkpoints. With `generate_rows` every evaluation also generates, greedily, for rows of `eval`:
-`eval_rougeL` and `eval_exact_match`, and the texts in `samples/`. With `keep_best` the weights of
-the best evaluation wait in `best/` and are what the run ends with; `evaluation.json` names it.
+checkpoints. With `generate_rows` every evaluation also generates, greedily, for rows of `eval`, or
+of each file of `generate_data`: `eval_rougeL` and `eval_exact_match`, and the texts in `samples/`.
+With `keep_best` the weights of the best evaluation wait in `best/` and are what the run ends with;
+`evaluation.json` names it.
 
 A checkpoint is written beside the others and renamed when it is whole. SIGTERM lets the step end,
 saves, and leaves with exit code 143. Before every optimizer step the losses of its forward passes
@@ -139,6 +140,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
             print(line)
     rows = read_rows(config.train)
     eval_rows = read_rows(config.eval) if config.eval else None
+    samples = _samples(config)
     transformers_logging.set_verbosity_error()
     set_seed(config.seed)
     load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
@@ -191,7 +193,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         train_dataset=examples,
         eval_dataset=eval_examples,
         cache=cache,
-        sample_rows=(eval_rows or [])[: config.generate_rows],
+        samples=samples,
     )
     start = time.perf_counter()
     with trainer.termination, trainer.progress:
@@ -442,11 +444,11 @@ class DistillTrainer(Trainer):
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example] | None = None,
         cache: TeacherCache | None = None,
-        sample_rows: Sequence[Row] = (),
+        samples: dict[str, list[Row]] | None = None,
     ):
         self.config = config
         self.student_tokenizer = tokenizer
-        self.sample_rows = sample_rows
+        self.samples = samples or {}
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         self._steps = 0
@@ -690,7 +692,7 @@ class DistillTrainer(Trainer):
             for name, total in zip(sums, totals, strict=True)
         }
         parts = {"loss": self._objective(parts), **parts}
-        if self.sample_rows:
+        if self.samples:
             parts |= self._generate_samples()
         if self.config.keep_best != "none":
             self._save_if_best(
@@ -704,7 +706,8 @@ class DistillTrainer(Trainer):
         )
 
     def _generate_samples(self) -> dict[str, float]:
-        """ROUGE-L and exact match of greedy texts; on all processes, the main one writes them."""
+        """ROUGE-L, exact match and repetition of greedy texts, of several files the mean over the
+        files; on all processes, the main one writes the texts."""
         config = self.config
         is_cot = config.generate_prompt == "cot"
         generator = Generator(
@@ -716,14 +719,24 @@ class DistillTrainer(Trainer):
             batch_size=config.eval_batch_size,
         )
         with self.compute_loss_context_manager(), whole_root(self.model):
-            scores = predict(generator, self.sample_rows, is_cot)
+            scores = {n: predict(generator, rows, is_cot) for n, rows in self.samples.items()}
         if self.args.should_save:
             folder = Path(config.output, SAMPLES_FOLDER)
             folder.mkdir(exist_ok=True)
-            table = samples_table(self.sample_rows, scores)
-            write_whole(folder / f"step-{self.state.global_step}.md", table)
+            tables = [
+                f"{name}\n\n{samples_table(rows, scores[name])}"
+                for name, rows in self.samples.items()
+            ]
+            write_whole(folder / f"step-{self.state.global_step}.md", "\n".join(tables))
         names = {"rougeL": "rouge_l", "exact_match": "exact_match", "repetition": "repetition"}
-        return {name: fmean(score[key] for score in scores) for name, key in names.items()}
+        by_set = {
+            name: {set_: fmean(s[key] for s in scored) for set_, scored in scores.items()}
+            for name, key in names.items()
+        }
+        means = {name: fmean(values.values()) for name, values in by_set.items()}
+        if len(scores) > 1:
+            means |= {f"rougeL/{set_}": value for set_, value in by_set["rougeL"].items()}
+        return means
 
     def _save_if_best(self, value: float) -> None:
         """Keep the weights in best/ if no evaluation before this step had a higher value."""
@@ -1055,6 +1068,17 @@ def _trackers(config: TrainConfig) -> list[str]:
         if name not in installed:
             raise UserError(f"setting 'report_to': the package of {name!r} is not installed")
     return names
+
+
+def _samples(config: TrainConfig) -> dict[str, list[Row]]:
+    """The rows to generate for, by the name of their file."""
+    if not config.generate_rows:
+        return {}
+    files = [Path(file) for file in config.generate_data or [config.eval or ""]]
+    return {
+        "/".join(file.with_suffix("").parts[-2:]): read_rows(str(file))[: config.generate_rows]
+        for file in files
+    }
 
 
 def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:

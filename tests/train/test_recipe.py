@@ -358,7 +358,8 @@ def test_recipes_of_the_paper(number, path, data, stand_ins, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in config.evaluate.get("on", ()):
         (tmp_path / "data" / name).mkdir(parents=True)
-        (tmp_path / "data" / name / "test.jsonl").touch()
+        for split in ("validation", "test"):
+            write_rows(tmp_path / "data" / name / f"{split}.jsonl", sample_rows(2))
     config.only, only = [], config.only
     stages = make_plan(config).stages  # every setting of every method
     assert {s.name for s in stages} > {f"students/{m}/seed-10" for m in config.methods}

@@ -239,7 +239,15 @@ def test_evaluation_generates_and_the_best_weights_are_kept(workspace, tmp_path,
         again = load_file(output / "model.safetensors")
         assert all(torch.equal(again[name], saved[name]) for name in saved)
         samples = (output / "samples" / "step-3.md").read_text().splitlines()
-        assert len(samples) == 2 + 3
+        assert len(samples) == 2 + 2 + 3
         assert all(0 <= e["eval_exact_match"] <= 100 for e in entries if "eval_loss" in e)
+    output = tmp_path / "two"
+    data = f"{workspace.test},{workspace.train}"
+    assert cli("sft", output=output, generate_data=data, **{**settings, "max_steps": 1}) == 0
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    (entry,) = [entry for line in lines if "eval_loss" in (entry := json.loads(line))]
+    sets = [entry[name] for name in entry if name.startswith("eval_rougeL/")]
+    assert len(sets) == 2
+    assert entry["eval_rougeL"] == pytest.approx(sum(sets) / 2)
     assert cli("sft", output=tmp_path / "x", keep_best="rougeL", **{**settings, "generate_rows": 0})
     assert "nothing to score" in capsys.readouterr().err
