@@ -133,7 +133,6 @@ def plots(paths: list[Path], folder: Path) -> list[Path]:
     written = []
 
     def save(figure: Any, name: str) -> None:
-        figure.tight_layout()
         figure.savefig(folder / name, dpi=150)
         plt.close(figure)
         written.append(folder / name)
@@ -142,7 +141,7 @@ def plots(paths: list[Path], folder: Path) -> list[Path]:
         of_group = [row for row in rows if row["group"] == group and right(row)]
         if not of_group:
             continue
-        figure, axes = plt.subplots(figsize=(6, 4))
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         lines: dict[str, list[Row]] = {}
         for row in of_group:
             size = f", {row['problems']} x {row['n']}x{row['m']}" if group == "threads" else ""
@@ -162,14 +161,15 @@ def plots(paths: list[Path], folder: Path) -> list[Path]:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=7)
         save(figure, f"{group}.png")
 
     main = [row for row in rows if row["group"] in ("main", "gpu")]
     if main:
         cases = list(dict.fromkeys(row["case"] for row in main))
         ways = list(dict.fromkeys(row["way"] for row in main))
-        figure, axes = plt.subplots(figsize=(8, 0.45 * len(cases) * max(2, len(ways) / 2.5) + 1))
+        inches = 0.45 * len(cases) * max(2, len(ways) / 2.5) + 1
+        figure, axes = plt.subplots(figsize=(8, inches), layout="constrained")
         height = 0.8 / len(ways)
         for place, way in enumerate(ways):
             of = [row for row in main if row["way"] == way]
@@ -180,6 +180,6 @@ def plots(paths: list[Path], folder: Path) -> list[Path]:
         axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], cases)
         axes.invert_yaxis()
         axes.set(xscale="log", xlabel="forward + backward, ms")
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=7)
         save(figure, "main.png")
     return written
