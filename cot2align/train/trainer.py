@@ -46,7 +46,6 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Sampler
@@ -477,6 +476,8 @@ class DistillTrainer(Trainer):
         if self.is_fsdp_enabled:
             # accelerate's policy would round what `forward` returns; autocast is there without it.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        if self.is_fsdp_enabled and config.generate_rows:
+            raise UserError("'generate_rows' does not go with FSDP; evaluate the saved model")
         if self.is_deepspeed_enabled:
             self._prepare_for_deepspeed()
 
@@ -718,7 +719,7 @@ class DistillTrainer(Trainer):
             max_new_tokens=config.max_new_tokens,
             batch_size=config.eval_batch_size,
         )
-        with self.compute_loss_context_manager(), whole_root(self.model):
+        with self.compute_loss_context_manager():
             scores = {n: predict(generator, rows, is_cot) for n, rows in self.samples.items()}
         if self.args.should_save:
             folder = Path(config.output, SAMPLES_FOLDER)
@@ -861,20 +862,6 @@ class DistillTrainer(Trainer):
         self._metrics.clear()
         self._steps = 0
         return logs
-
-
-@contextmanager
-def whole_root(distiller: Distiller) -> Iterator[None]:
-    """Head and embeddings whole for a forward pass of the student alone, which FSDP2 doesn't see;
-    on all processes. One forward of the distiller has to come before."""
-    if not isinstance(distiller, FSDPModule):
-        yield
-        return
-    distiller.unshard()
-    try:
-        yield
-    finally:
-        distiller.reshard()
 
 
 def gathered_state(distiller: Distiller) -> dict[str, Tensor] | None:
