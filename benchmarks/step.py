@@ -90,15 +90,7 @@ def make_step(
     settings = {**settings, "teacher": str(folder / "models" / "new-teacher"), "eval": None}
     config = build(DistillConfig, settings | (enlarge(folder) if larger else {}))
     tokenizers = [load_tokenizer(name) for name in (config.student, config.teacher)]
-    encoders = [
-        TextEncoder(
-            tokenizer,
-            prompt_format=config.prompt_format,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-        )
-        for tokenizer in tokenizers
-    ]
+    encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
     torch.manual_seed(config.seed)
     distiller = build_distiller(config, *tokenizers)
     return config, distiller.train(), encode_rows(read_rows(config.train), *encoders)[0]

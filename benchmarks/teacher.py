@@ -63,15 +63,8 @@ def train(settings: dict[str, Any], folder: Path) -> None:
 def reading(settings: dict[str, Any], cache: Path) -> float:
     """Seconds to gather the states of one step, the mean over all rows."""
     config = build(DistillConfig, {**settings, "output": "unused"})
-    encoders = [
-        TextEncoder(
-            load_tokenizer(name),
-            prompt_format=config.prompt_format,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-        )
-        for name in (config.student, config.teacher)
-    ]
+    names = (config.student, config.teacher)
+    encoders = [TextEncoder.of(config, load_tokenizer(name)) for name in names]
     examples, _ = encode_rows(read_rows(config.train), *encoders)
     opened = teacher.TeacherCache(cache)
     start = time.perf_counter()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import string
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +160,22 @@ def cli(command: str, **settings) -> int:
     from cot2align.train.__main__ import main
 
     return main([command, *options(device="cpu", **settings)])
+
+
+def in_two_processes(*module_words: str) -> None:
+    """`torchrun -m` of a module with its words; fails with what the workers said."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *module_words],
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.fail(f"exit code {done.returncode}, workers said:\n{done.stdout}", pytrace=False)
 
 
 def options(**settings) -> list[str]:

@@ -134,15 +134,7 @@ def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dic
             align = TokenAligner(tokenizers[0], tokenizers[1], config.token_maps)
     else:
         tokenizers = [load(config.model)]
-    encoders = [
-        TextEncoder(
-            tokenizer,
-            prompt_format=config.prompt_format,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-        )
-        for tokenizer in tokenizers
-    ]
+    encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
     examples, cuts = encode_rows(
         rows, *encoders, texts=config.texts, same_vocabulary=same_tokens, align=align
     )

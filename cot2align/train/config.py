@@ -165,12 +165,8 @@ class TrainConfig(TextConfig):
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
         if self.generate_rows:
-            _check_room(self.max_new_tokens, self.max_length)
-        if self.max_prompt_length >= self.max_length:
-            raise UserError(
-                f"max_prompt_length {self.max_prompt_length} must be below max_length "
-                f"{self.max_length}"
-            )
+            check_room(self.max_new_tokens, self.max_length)
+        check_prompt_length(self.max_prompt_length, self.max_length)
         for contradicted, reason in (
             (
                 self.generate_rows > 0 and self.eval is None,
@@ -391,14 +387,23 @@ class GenerationConfig(TextConfig):
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
         if not getattr(self, "server", None):
-            _check_room(self.max_new_tokens, self.max_length)
+            check_room(self.max_new_tokens, self.max_length)
 
 
-def _check_room(max_new_tokens: int, max_length: int) -> None:
+def check_room(max_new_tokens: int, max_length: int) -> None:
+    """Raises UserError where the limits leave no room for a prompt."""
     if max_new_tokens >= max_length:
         raise UserError(
             f"max_new_tokens {max_new_tokens} must be below max_length {max_length}: the prompt "
             "gets the rest"
+        )
+
+
+def check_prompt_length(max_prompt_length: int, max_length: int) -> None:
+    """Raises UserError where the limits leave no room for a response."""
+    if max_prompt_length >= max_length:
+        raise UserError(
+            f"max_prompt_length {max_prompt_length} must be below max_length {max_length}"
         )
 
 

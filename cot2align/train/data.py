@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cot2align.train.config import UserError
+from cot2align.train.config import CacheConfig, TrainConfig, UserError, check_prompt_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -271,10 +271,7 @@ class TextEncoder:
         max_length: int,
         max_prompt_length: int,
     ):
-        if max_prompt_length >= max_length:
-            raise UserError(
-                f"max_prompt_length {max_prompt_length} must be below max_length {max_length}"
-            )
+        check_prompt_length(max_prompt_length, max_length)
         self.is_chat = prompt_format == "chat"
         if self.is_chat and not tokenizer.chat_template:
             raise UserError(
@@ -285,6 +282,18 @@ class TextEncoder:
         self.format = PROMPT_FORMATS[prompt_format]
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig | CacheConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> TextEncoder:
+        """With the limits that a config names. Raises UserError."""
+        return cls(
+            tokenizer,
+            prompt_format=config.prompt_format,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+        )
 
     def texts(self, rows: Sequence[Row], is_cot: bool) -> tuple[list[Text], Cuts]:
         """Prompt, response and end-of-sequence token of every row."""

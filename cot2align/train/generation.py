@@ -15,9 +15,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from cot2align.train.config import GenerationConfig as GenerationSettings
-from cot2align.train.config import UserError
+from cot2align.train.config import check_room
 from cot2align.train.data import Row, TextEncoder
-from cot2align.train.models import Tokenizer, load_model, load_tokenizer, pad_token_id
+from cot2align.train.models import Tokenizer, device_of, load_model, load_tokenizer, pad_token_id
 
 
 class Generated(NamedTuple):
@@ -46,11 +46,7 @@ class Generator:
         batch_size: int,
     ):
         """Raises UserError where the limits leave no room for a prompt."""
-        if max_new_tokens >= max_length:
-            raise UserError(
-                f"max_new_tokens {max_new_tokens} must be below max_length {max_length}: the "
-                "prompt gets the rest"
-            )
+        check_room(max_new_tokens, max_length)
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -73,8 +69,7 @@ class Generator:
             max_length=config.max_length,
             trust_remote_code=config.trust_remote_code,
         )
-        gpu = config.device == "auto" and torch.cuda.is_available()
-        model.to(torch.device("cuda" if gpu else "cpu"))  # type: ignore[arg-type]
+        model.to(device_of(config.device))  # type: ignore[arg-type]
         return cls(
             model,
             tokenizer,

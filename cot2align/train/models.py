@@ -108,6 +108,11 @@ def load_model(
     return model
 
 
+def device_of(setting: str) -> torch.device:
+    """What the setting `device` means here: "auto" is the GPU where there is one."""
+    return torch.device("cuda" if setting == "auto" and torch.cuda.is_available() else "cpu")
+
+
 def width(model: PreTrainedModel) -> int:
     """The width of its embedding output and hidden states."""
     return model.config.get_text_config().hidden_size

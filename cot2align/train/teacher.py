@@ -53,6 +53,7 @@ from cot2align.train.models import (
     Tokenizer,
     body_of,
     body_states,
+    device_of,
     lm_logits,
     load_model,
     load_tokenizer,
@@ -246,8 +247,7 @@ def run(config: CacheConfig) -> dict[str, Any]:
     wanted = {key: text for key, text in texts.items() if key not in done}
     _announce(config, index["facts"], wanted, len(texts) - len(wanted))
     if wanted:
-        gpu = config.device == "auto" and torch.cuda.is_available()
-        device = torch.device("cuda" if gpu else "cpu")
+        device = device_of(config.device)
         model = load_model(
             config.teacher,
             tokenizer,
@@ -386,12 +386,7 @@ def _other_files(files: dict[str, str], facts: dict[str, Any]) -> list[str]:
 
 
 def _texts(config: CacheConfig, tokenizer: Tokenizer) -> dict[str, Text]:
-    encoder = TextEncoder(
-        tokenizer,
-        prompt_format=config.prompt_format,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-    )
+    encoder = TextEncoder.of(config, tokenizer)
     texts: dict[str, Text] = {}
     for path in filter(None, (config.train, config.eval)):
         rows = read_rows(path)

@@ -161,8 +161,8 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
 
     encode = partial(
         encode_rows,
-        student=_encoder(config, student_tokenizer),
-        teacher=None if teacher_tokenizer is None else _encoder(config, teacher_tokenizer),
+        student=TextEncoder.of(config, student_tokenizer),
+        teacher=None if teacher_tokenizer is None else TextEncoder.of(config, teacher_tokenizer),
         texts=config.texts,
         same_vocabulary=same_tokens,
     )
@@ -1066,15 +1066,6 @@ def _samples(config: TrainConfig) -> dict[str, list[Row]]:
         "/".join(file.with_suffix("").parts[-2:]): read_rows(str(file))[: config.generate_rows]
         for file in files
     }
-
-
-def _encoder(config: TrainConfig, tokenizer: Tokenizer) -> TextEncoder:
-    return TextEncoder(
-        tokenizer,
-        prompt_format=config.prompt_format,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-    )
 
 
 def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distiller:

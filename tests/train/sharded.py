@@ -20,10 +20,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cot2align.train.config import DistillConfig, build
-from cot2align.train.data import collate, encode_rows, read_rows
+from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.models import load_tokenizer
 from cot2align.train.trainer import (
-    _encoder,
     build_distiller,
     gathered_state,
     load_state,
@@ -58,7 +57,7 @@ def check(
     tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
     distiller = build_distiller(config, *tokenizers)
     alone = copy.deepcopy(distiller)
-    encoders = [_encoder(config, tokenizer) for tokenizer in tokenizers]
+    encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
     examples, _ = encode_rows(read_rows(train)[:6], *encoders)
     batch = collate(examples)
     counts = torch.tensor([batch["num_tokens"], batch["num_rows"]])

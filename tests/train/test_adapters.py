@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cot2align.train.config import DistillConfig, UserError, build
-from cot2align.train.data import collate, encode_rows, read_rows
+from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.models import load_model, load_tokenizer
 from cot2align.train.token_states import token_states
-from cot2align.train.trainer import _encoder, build_distiller
+from cot2align.train.trainer import build_distiller
 from tests.conftest import MAX_LENGTH, cli, log_of, save_llama, unigram
 
 LORA = {"lora_r": 4, "lora_alpha": 32, "learning_rate": 1e-2}
@@ -140,7 +140,7 @@ def test_adapters_of_an_untied_head_and_table_are_in_the_losses(kd, workspace, t
     with torch.no_grad():
         for p in adapters.values():
             p.normal_(std=0.05)
-    encoders = [_encoder(config, tokenizer) for tokenizer in tokenizers]
+    encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
     batch = collate(encode_rows(read_rows(config.train)[:3], *encoders)[0])
     loss = distiller(**batch)["loss"]
     loss.backward()

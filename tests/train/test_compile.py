@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cot2align.train.config import DistillConfig, build
-from cot2align.train.data import collate, encode_rows, read_rows
+from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.losses.mined import TokenAligner
 from cot2align.train.models import body_of, load_tokenizer
-from cot2align.train.trainer import _encoder, build_distiller
+from cot2align.train.trainer import build_distiller
 from tests.conftest import cli, log_of
 
 
@@ -31,7 +31,7 @@ def test_every_loss_with_a_compiled_student(
         tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
         aligner = TokenAligner(*tokenizers, config.token_maps) if kd == "mined" else None
         distiller = build_distiller(config, *tokenizers, aligner)
-        encoders = [_encoder(config, tokenizer) for tokenizer in tokenizers]
+        encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
         rows = read_rows(config.train)[:4]
         examples, _ = encode_rows(rows, *encoders, same_vocabulary=kd == "kl", align=aligner)
         batch = collate(examples)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import cli, log_of, options
+from tests.conftest import cli, in_two_processes, log_of, options
 
 ROOT = Path(__file__).resolve().parents[2]
 # kd: (further settings, names that must be logged)
@@ -72,7 +69,7 @@ def test_padding_free(unbroken, settings, tmp_path) -> None:
 
 
 def test_two_processes(unbroken, settings, tmp_path) -> None:
-    in_two_processes({**settings, "output": tmp_path / "divided"})
+    distill_in_two_processes({**settings, "output": tmp_path / "divided"})
     assert_same(log_of(tmp_path / "divided"), unbroken)
 
 
@@ -85,22 +82,11 @@ def test_two_processes_from_a_cache_without_padding(distill_settings, tmp_path) 
     by_length = {**settings, "group_by_length": "true"}
     assert cli("distill", output=tmp_path / "one", **by_length) == 0
     further = {"teacher_cache": tmp_path / "cache", "padding_free": "true"}
-    in_two_processes({**by_length, **further, "output": tmp_path / "two"})
+    distill_in_two_processes({**by_length, **further, "output": tmp_path / "two"})
     assert_same(log_of(tmp_path / "two"), log_of(tmp_path / "one"))
 
 
-def in_two_processes(settings: dict) -> None:
-    """Run `distill`; the same rows per step as one process's four."""
+def distill_in_two_processes(settings: dict) -> None:
+    """The same rows per step as one process's four."""
     divided = {**settings, "batch_size": 1, "gradient_accumulation": 2, "device": "cpu"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "cot2align.train", "distill", *options(**divided)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        pytest.fail(f"exit code {done.returncode}, workers said:\n{done.stdout}", pytrace=False)
+    in_two_processes("cot2align.train", "distill", *options(**divided))

@@ -7,10 +7,10 @@ import torch
 
 from cot2align.kernels.ot_loss import fused_ot_loss
 from cot2align.train.config import DistillConfig, build
-from cot2align.train.data import collate, encode_rows, read_rows
+from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.losses.mined import TokenAligner
 from cot2align.train.models import load_tokenizer
-from cot2align.train.trainer import _encoder, build_distiller
+from cot2align.train.trainer import build_distiller
 from tests.conftest import cli
 
 
@@ -29,7 +29,7 @@ def test_no_loss_overflows_in_float16(kd, distill_settings, workspace, tmp_path)
         distiller.student.transformer.ln_f.bias.fill_(4000.0)
         # All but uniform, so that every token has a gradient.
         distiller.student.transformer.wte.weight.mul_(0.001)
-    encoders = [_encoder(config, tokenizer) for tokenizer in tokenizers]
+    encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
     rows = read_rows(config.train)
     examples, _ = encode_rows(rows, *encoders, same_vocabulary=kd == "kl", align=aligner)
     batch = collate(examples)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,24 +10,15 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import in_two_processes
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
 def test_two_processes_with_sharded_models_are_one(workspace, tmp_path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = [workspace.student, workspace.teacher, workspace.train, str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.train.sharded", *paths],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        pytest.fail(f"exit code {done.returncode}, workers said:\n{done.stdout}", pytrace=False)
+    in_two_processes("tests.train.sharded", *paths)
     before = AutoModelForCausalLM.from_pretrained(workspace.student)
     for name in ("ot", "dskd"):
         after = AutoModelForCausalLM.from_pretrained(tmp_path / name)

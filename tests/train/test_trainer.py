@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cot2align.train.config import DistillConfig, SFTConfig, build
-from cot2align.train.data import collate, encode_rows, read_rows
+from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.models import load_tokenizer
 from cot2align.train.trainer import (
     DistillTrainer,
-    _encoder,
     build_distiller,
     run,
     training_arguments,
@@ -102,7 +101,7 @@ def test_evaluation_loss_is_a_mean_over_all_tokens_and_rows(distilled, workspace
         {"model": str(distilled), "train": workspace.train, "output": "unused", **settings},
     )
     tokenizer = load_tokenizer(config.model)
-    examples, _ = encode_rows(read_rows(config.train), _encoder(config, tokenizer))
+    examples, _ = encode_rows(read_rows(config.train), TextEncoder.of(config, tokenizer))
     with torch.no_grad():
         whole = build_distiller(config, tokenizer)(**collate(examples))
     assert logged[0]["eval_ce"] == pytest.approx(whole["loss"].item(), rel=1e-5)
