@@ -41,10 +41,9 @@ from cot2align.train.__main__ import config_class, run_module
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import Example, Text, TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.demo import DemoConfig, recipe_of
-from cot2align.train.distiller import Distiller
+from cot2align.train.distiller import Distiller, build_distiller
 from cot2align.train.models import load_tokenizer
 from cot2align.train.recipe import make_plan
-from cot2align.train.trainer import build_distiller
 
 JOINED = 4  # problems of the demo in one text of the larger setup
 WAYS = ("native", "reference", "no OT", "student only", "per sample")

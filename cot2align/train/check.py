@@ -50,17 +50,13 @@ from cot2align.train.data import (
     model_batch,
     read_rows,
 )
+from cot2align.train.distiller import build_distiller, one_vocabulary
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.mined import TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.models import Tokenizer, body_states, load_tokenizer, width
 from cot2align.train.teacher import TeacherCache
 from cot2align.train.token_states import model_inputs
-from cot2align.train.trainer import (
-    DistillTrainer,
-    build_distiller,
-    one_vocabulary,
-    training_arguments,
-)
+from cot2align.train.trainer import DistillTrainer, training_arguments
 
 LONGEST_MEASURED = 256
 SHARE_OF_MEMORY = 0.9  # that a suggested batch may take

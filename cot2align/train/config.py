@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+CONFIG_FILE = "config.yaml"  # a run's own settings, resolved, in its output folder
 PROMPTS = ("standard", "cot")
 DIVERGENCES = (
     "forward_kl",

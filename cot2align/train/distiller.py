@@ -7,23 +7,35 @@ the diagnostics: one forward, as data-parallel and sharding wrappers need it. L_
 divided by the student response tokens, L_CCoT by the rows, of the *global* batch: all processes,
 all accumulation steps. So losses and gradients depend on neither. Without a teacher this is
 fine-tuning: L = L_CE.
+
+`build_distiller` makes it from a config.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cot2align.kernels.ot_loss import OTSettings
+from cot2align.train.adapters import add_lora, base_of
+from cot2align.train.config import DistillConfig, SFTConfig, UserError
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.cross_entropy import cross_entropy
-from cot2align.train.teacher import teacher_states
-from cot2align.train.token_states import TokenStates, token_states
+from cot2align.train.losses.dskd import DSKD
+from cot2align.train.losses.kl import kl, same_vocabulary
+from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
+from cot2align.train.losses.uld import uld
+from cot2align.train.models import Tokenizer, body_of, check_packing, load_model, width
+from cot2align.train.teacher import load_shell, teacher_states
+from cot2align.train.token_states import TokenStates, check_layers, token_states
 
 
 class Distiller(nn.Module):
@@ -180,3 +192,150 @@ def _squared_gradient(term: Tensor, states: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(term, states, retain_graph=True, allow_unused=True)
     square = torch.zeros_like(term) if gradient is None else gradient.float().square().sum()
     return torch.stack([square, torch.ones_like(square)])
+
+
+def build_distiller(
+    config: SFTConfig | DistillConfig,
+    student_tokenizer: Tokenizer,
+    teacher_tokenizer: Tokenizer | None = None,
+    aligner: TokenAligner | None = None,
+) -> Distiller:
+    """Load the models that the config names and put the objective between them; MinED needs the
+    `aligner` of the tokenizers. Raises UserError."""
+    load = partial(
+        load_model,
+        max_length=config.max_length,
+        trust_remote_code=config.trust_remote_code,
+        attention=config.attn_implementation,
+    )
+    name = config.model if isinstance(config, SFTConfig) else config.student
+    if config.lora_r and base_of(name) is not None:
+        raise UserError(
+            f"{name!r} is an adapter, and 'lora_r' asks for another on top of it; merge it first"
+        )
+    bits = "4bit" if config.load_in_4bit else "none"
+    student = load(name, student_tokenizer, dtype="float32", bits=bits)
+    if isinstance(config, SFTConfig):
+        return _prepared(config, Distiller(student))
+    assert teacher_tokenizer is not None
+    if config.teacher_cache:
+        teacher = load_shell(Path(config.teacher_cache), config.trust_remote_code)
+    else:
+        teacher = load(
+            config.teacher,
+            teacher_tokenizer,
+            dtype=config.teacher_dtype,
+            bits=config.teacher_quantization,
+        )
+    # The projections are the same however the teacher came: to load an adapter draws numbers.
+    torch.manual_seed(config.seed)
+    cross_cot = None
+    if config.ot:
+        for model in (student, teacher):
+            check_layers(model.config.get_text_config().num_hidden_layers, config.layers)
+        # After the seed and before anything else random, so that a run is its config.
+        cross_cot = CrossCoT(
+            width(student),
+            width(teacher),
+            terms=[term for term in ("cst", "crc") if getattr(config, term)],
+            layers=config.layers,
+            norm=config.ot_norm,
+            per_layer=config.projection == "per-layer",
+            settings=ot_settings(config),
+        )
+    same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
+    kd = kd_loss(config, student, teacher, same_tokens=same_tokens, aligner=aligner)
+    if isinstance(kd, DSKD) and config.t2s_init == "pseudo-inverse":
+        ours, theirs = shared_tokens(Vocabulary(student_tokenizer), Vocabulary(teacher_tokenizer))
+        kd.start_from_heads(
+            student.get_output_embeddings().weight[ours],
+            teacher.get_output_embeddings().weight[theirs],
+        )
+    distiller = Distiller(
+        student,
+        teacher,
+        alpha=config.alpha,
+        ot_weight=config.ot_weight,
+        cross_cot=cross_cot,
+        kd=kd,
+    )
+    return _prepared(config, distiller)
+
+
+def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
+    """Whether L_KD compares two models at the same tokens. Raises UserError where it would have to
+    but cannot."""
+    if config.kd == "kl":
+        same_vocabulary(student, teacher)
+        return True
+    return config.kd == "dskd" and student.get_vocab() == teacher.get_vocab()
+
+
+def kd_loss(
+    config: DistillConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    *,
+    same_tokens: bool,
+    aligner: TokenAligner | None = None,
+) -> Callable[[TokenStates, TokenStates], KDLoss] | None:
+    """L_KD as the config names it. Raises UserError for models that it cannot take.
+
+    same_tokens: the models are compared at the same tokens, see `one_vocabulary`. aligner: of the
+    two tokenizers, for MinED.
+    """
+    if config.kd == "kl":
+        return partial(kl, divergence=config.divergence, temperature=config.temperature or 2.0)
+    if config.kd == "dskd":
+        for model in (student, teacher):
+            table: Any = model.get_input_embeddings().weight
+            if table.shape[1] != width(model):
+                raise UserError(
+                    f"kd dskd needs embeddings as wide as the hidden states, but "
+                    f"{type(model).__name__} has a narrower table"
+                )
+        return DSKD(
+            width(student),
+            width(teacher),
+            one_vocabulary=same_tokens,
+            divergence=config.divergence,
+            temperature=config.temperature or 2.0,
+        )
+    if config.kd == "mined":
+        assert aligner is not None
+        return MinED(aligner.student_ids, temperature=config.temperature or 2.0)
+    if config.kd == "uld":
+        return partial(uld, temperature=config.temperature or 1.0)
+    return None
+
+
+def ot_settings(config: DistillConfig) -> OTSettings:
+    """The kernel's settings. Raises UserError for those that it refuses."""
+    try:
+        return OTSettings(
+            epsilon=config.ot_epsilon,
+            num_iters=config.ot_iters,
+            tol=config.ot_tol,
+            grad=config.ot_grad,
+            backend=config.ot_backend,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distiller:
+    if config.padding_free:
+        name = config.student if isinstance(config, DistillConfig) else config.model
+        check_packing(distiller.student, name)
+        if isinstance(config, DistillConfig) and distiller.teacher and not config.teacher_cache:
+            check_packing(distiller.teacher, config.teacher)
+    if config.lora_r:
+        distiller.student = add_lora(distiller.student, config)  # type: ignore[assignment]
+    if config.gradient_checkpointing:
+        student = distiller.student
+        # transformers renamed the method in 5.x and warns about the old name.
+        enable = getattr(student, "activation_checkpointing_enable", None)
+        (enable or student.gradient_checkpointing_enable)()
+    if config.torch_compile:
+        body_of(distiller.student).compile()
+    return distiller

@@ -31,14 +31,13 @@ from rouge_score import rouge_scorer
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from cot2align.train.config import EvaluateConfig, UserError, to_yaml
+from cot2align.train.config import CONFIG_FILE, EvaluateConfig, UserError, to_yaml
 from cot2align.train.data import Row, TextEncoder, model_batch, read_rows
 from cot2align.train.files import whole_lines, write_whole
 from cot2align.train.generation import Generated, Generator
 from cot2align.train.losses.cross_entropy import cross_entropy
 from cot2align.train.token_states import token_states
 
-CONFIG_FILE = "config.yaml"
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 ANSWER = re.compile("the answer is:", re.IGNORECASE)

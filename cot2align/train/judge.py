@@ -26,9 +26,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cot2align.train.config import JudgeConfig, UserError, to_yaml
+from cot2align.train.config import CONFIG_FILE, JudgeConfig, UserError, to_yaml
 from cot2align.train.data import Row, read_rows
-from cot2align.train.evaluate import CONFIG_FILE, PREDICTIONS_FILE
+from cot2align.train.evaluate import PREDICTIONS_FILE
 from cot2align.train.files import whole_lines, write_whole
 from cot2align.train.server import Server, request_seed
 

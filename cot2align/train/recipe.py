@@ -424,7 +424,8 @@ def _shared(students: dict[str, Any], command: str) -> dict[str, Any]:
 
 def kept_evaluation(folder: Path) -> dict[str, Any] | None:
     """The evaluation of the weights that a training ended with: the best or the last one."""
-    from cot2align.train.trainer import BEST_FILE, METRICS_FILE
+    from cot2align.train.callbacks import METRICS_FILE
+    from cot2align.train.checkpoint import BEST_FILE
 
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     entries = {entry["step"]: entry for line in lines if "eval_ce" in (entry := json.loads(line))}

@@ -29,34 +29,20 @@ import math
 import os
 import shutil
 import signal
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Sampler
-from transformers import (
-    PreTrainedModel,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -67,15 +53,29 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging as transformers_logging
 
-from cot2align.kernels.ot_loss import OTSettings, choose_backend
-from cot2align.train.adapters import (
-    add_lora,
-    base_of,
-    save_student,
-    saved_tensors,
-    set_adapter_aside,
+from cot2align.kernels.ot_loss import choose_backend
+from cot2align.train.callbacks import (
+    SHOWN_PARTS,
+    LogCheckpoints,
+    MetricsFile,
+    Progress,
+    Termination,
+)
+from cot2align.train.checkpoint import (
+    BEST_FILE,
+    BEST_FOLDER,
+    PARTIAL_FOLDER,
+    checkpoints,
+    gathered_state,
+    load_state,
+    merge_adapter,
+    save_state,
+    unsharded,
+    whole_folder,
+    written,
 )
 from cot2align.train.config import (
+    CONFIG_FILE,
     DistillConfig,
     SFTConfig,
     TrainConfig,
@@ -93,35 +93,15 @@ from cot2align.train.data import (
     encode_rows,
     read_rows,
 )
-from cot2align.train.distiller import Distiller
+from cot2align.train.distiller import Distiller, build_distiller, one_vocabulary
 from cot2align.train.evaluate import predict, samples_table
-from cot2align.train.files import refused_write, write_whole
+from cot2align.train.files import write_whole
 from cot2align.train.generation import Generator
-from cot2align.train.losses import KDLoss
-from cot2align.train.losses.cross_cot import CrossCoT
-from cot2align.train.losses.dskd import DSKD
-from cot2align.train.losses.kl import kl, same_vocabulary
-from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
-from cot2align.train.losses.uld import uld
-from cot2align.train.models import (
-    Tokenizer,
-    body_of,
-    check_packing,
-    load_model,
-    load_tokenizer,
-    one_line,
-    width,
-)
-from cot2align.train.teacher import TeacherCache, load_shell
-from cot2align.train.token_states import TokenStates, check_layers
+from cot2align.train.losses.mined import TokenAligner
+from cot2align.train.models import Tokenizer, load_tokenizer
+from cot2align.train.teacher import TeacherCache
 
-PROJECTIONS_FILE = "projections.safetensors"
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-PARTIAL_FOLDER = "partial"
 SAMPLES_FOLDER = "samples"
-BEST_FOLDER = "best"
-BEST_FILE = "evaluation.json"
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
@@ -204,7 +184,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
             print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume continues")
         trainer.accelerator.wait_for_everyone()
         raise SystemExit(SIGTERM_EXIT)
-    with _written("the model"):
+    with written("the model"):
         if config.keep_best == "none":
             trainer.save_model(config.output)
         elif main_process:
@@ -225,153 +205,6 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         "seconds": seconds,
         "log": log,
     }
-
-
-def build_distiller(
-    config: SFTConfig | DistillConfig,
-    student_tokenizer: Tokenizer,
-    teacher_tokenizer: Tokenizer | None = None,
-    aligner: TokenAligner | None = None,
-) -> Distiller:
-    """Load the models that the config names and put the objective between them; MinED needs the
-    `aligner` of the tokenizers. Raises UserError."""
-    load = partial(
-        load_model,
-        max_length=config.max_length,
-        trust_remote_code=config.trust_remote_code,
-        attention=config.attn_implementation,
-    )
-    name = config.model if isinstance(config, SFTConfig) else config.student
-    if config.lora_r and base_of(name) is not None:
-        raise UserError(
-            f"{name!r} is an adapter, and 'lora_r' asks for another on top of it; merge it first"
-        )
-    bits = "4bit" if config.load_in_4bit else "none"
-    student = load(name, student_tokenizer, dtype="float32", bits=bits)
-    if isinstance(config, SFTConfig):
-        return _prepared(config, Distiller(student))
-    assert teacher_tokenizer is not None
-    if config.teacher_cache:
-        teacher = load_shell(Path(config.teacher_cache), config.trust_remote_code)
-    else:
-        teacher = load(
-            config.teacher,
-            teacher_tokenizer,
-            dtype=config.teacher_dtype,
-            bits=config.teacher_quantization,
-        )
-    # The projections are the same however the teacher came: to load an adapter draws numbers.
-    torch.manual_seed(config.seed)
-    cross_cot = None
-    if config.ot:
-        for model in (student, teacher):
-            check_layers(model.config.get_text_config().num_hidden_layers, config.layers)
-        # After the seed and before anything else random, so that a run is its config.
-        cross_cot = CrossCoT(
-            width(student),
-            width(teacher),
-            terms=[term for term in ("cst", "crc") if getattr(config, term)],
-            layers=config.layers,
-            norm=config.ot_norm,
-            per_layer=config.projection == "per-layer",
-            settings=ot_settings(config),
-        )
-    same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
-    kd = kd_loss(config, student, teacher, same_tokens=same_tokens, aligner=aligner)
-    if isinstance(kd, DSKD) and config.t2s_init == "pseudo-inverse":
-        ours, theirs = shared_tokens(Vocabulary(student_tokenizer), Vocabulary(teacher_tokenizer))
-        kd.start_from_heads(
-            student.get_output_embeddings().weight[ours],
-            teacher.get_output_embeddings().weight[theirs],
-        )
-    distiller = Distiller(
-        student,
-        teacher,
-        alpha=config.alpha,
-        ot_weight=config.ot_weight,
-        cross_cot=cross_cot,
-        kd=kd,
-    )
-    return _prepared(config, distiller)
-
-
-def merge_adapter(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Turn the output folder into a plain model; the adapter goes to its own folder in it.
-
-    The base is loaded anew, in float32: the one that was trained may be sharded or quantised.
-    """
-    folder = Path(config.output)
-    adapter = set_adapter_aside(folder)
-    model = load_model(
-        str(adapter),
-        tokenizer,
-        dtype="float32",
-        max_length=config.max_length,
-        trust_remote_code=config.trust_remote_code,
-    )
-    with _written("the merged model"), _whole(folder) as partial:
-        model.save_pretrained(partial)
-
-
-def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
-    """Whether L_KD compares two models at the same tokens. Raises UserError where it would have to
-    but cannot."""
-    if config.kd == "kl":
-        same_vocabulary(student, teacher)
-        return True
-    return config.kd == "dskd" and student.get_vocab() == teacher.get_vocab()
-
-
-def kd_loss(
-    config: DistillConfig,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    *,
-    same_tokens: bool,
-    aligner: TokenAligner | None = None,
-) -> Callable[[TokenStates, TokenStates], KDLoss] | None:
-    """L_KD as the config names it. Raises UserError for models that it cannot take.
-
-    same_tokens: the models are compared at the same tokens, see `one_vocabulary`. aligner: of the
-    two tokenizers, for MinED.
-    """
-    if config.kd == "kl":
-        return partial(kl, divergence=config.divergence, temperature=config.temperature or 2.0)
-    if config.kd == "dskd":
-        for model in (student, teacher):
-            table: Any = model.get_input_embeddings().weight
-            if table.shape[1] != width(model):
-                raise UserError(
-                    f"kd dskd needs embeddings as wide as the hidden states, but "
-                    f"{type(model).__name__} has a narrower table"
-                )
-        return DSKD(
-            width(student),
-            width(teacher),
-            one_vocabulary=same_tokens,
-            divergence=config.divergence,
-            temperature=config.temperature or 2.0,
-        )
-    if config.kd == "mined":
-        assert aligner is not None
-        return MinED(aligner.student_ids, temperature=config.temperature or 2.0)
-    if config.kd == "uld":
-        return partial(uld, temperature=config.temperature or 1.0)
-    return None
-
-
-def ot_settings(config: DistillConfig) -> OTSettings:
-    """The kernel's settings. Raises UserError for those that it refuses."""
-    try:
-        return OTSettings(
-            epsilon=config.ot_epsilon,
-            num_iters=config.ot_iters,
-            tol=config.ot_tol,
-            grad=config.ot_grad,
-            backend=config.ot_backend,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -608,7 +441,7 @@ class DistillTrainer(Trainer):
         broken = torch.stack([p.loss for p in passes]).isfinite().logical_not()
         spiked = torch.stack([p.ce for p in passes]) > self._spike_limit()
         norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=broken.device)
-        norm = _unsharded(norm)
+        norm = unsharded(norm)
         # With float16 that is for the loss scale to handle.
         overflow = norm.isfinite().logical_not() & (not self.config.fp16)
         requested = torch.tensor(self.termination.requested, device=broken.device)
@@ -748,7 +581,7 @@ class DistillTrainer(Trainer):
         step = self.state.global_step
         if not math.isfinite(value) or (best.get("step", step) < step and best["value"] >= value):
             return
-        with _written("the best weights"):
+        with written("the best weights"):
             self.save_model(str(note.parent))
             if self.args.should_save:
                 write_whole(note, json.dumps({"step": step, "value": value}) + "\n")
@@ -757,7 +590,7 @@ class DistillTrainer(Trainer):
         """End with the weights of best/; they are there already where the run had ended."""
         best, output = Path(self.config.output, BEST_FOLDER), Path(self.config.output)
         if (best / BEST_FILE).is_file():
-            with _whole(output) as folder:
+            with whole_folder(output) as folder:
                 shutil.copytree(best, folder, dirs_exist_ok=True)
             shutil.rmtree(best)
         if not (output / BEST_FILE).is_file():
@@ -772,14 +605,14 @@ class DistillTrainer(Trainer):
         output, partial = Path(self.config.output), Path(self._get_output_dir())
         step = self.state.global_step
         try:
-            with _written(f"the checkpoint of step {step}"):
+            with written(f"the checkpoint of step {step}"):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 whole = output / f"checkpoint-{step}"
                 shutil.rmtree(whole, ignore_errors=True)
                 os.replace(partial / whole.name, whole)
-                for old in _checkpoints(output)[: -self.config.checkpoints]:
+                for old in checkpoints(output)[: -self.config.checkpoints]:
                     shutil.rmtree(old, ignore_errors=True)
         finally:
             if self.args.should_save:
@@ -801,7 +634,7 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        with _whole(Path(output_dir or self.config.output)) as folder:
+        with whole_folder(Path(output_dir or self.config.output)) as folder:
             save_state(self.model, folder, state_dict)
             self.student_tokenizer.save_pretrained(folder)
             (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
@@ -824,7 +657,7 @@ class DistillTrainer(Trainer):
                 "projections": [*self.model.projection_parameters().values()],
             }
             norms = {
-                name: _unsharded(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+                name: unsharded(get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 for name, parameters in groups.items()
                 if parameters
             }
@@ -864,143 +697,14 @@ class DistillTrainer(Trainer):
         return logs
 
 
-def gathered_state(distiller: Distiller) -> dict[str, Tensor] | None:
-    """What is saved, whole, by its name in `distiller`; None where nothing is sharded.
-
-    All processes have to call it; each gets a copy on its CPU.
-    """
-    if not any(isinstance(p, DTensor) for p in distiller.student.parameters()):
-        return None
-    names = distiller.state_dict().keys()
-    adapters_only = isinstance(distiller.student, PeftModel)
-    tensors = [*distiller.named_parameters(), *distiller.named_buffers()]
-    return {
-        name: _unsharded(tensor.detach()).cpu()
-        for name, tensor in tensors
-        if name in names and (tensor.requires_grad or not adapters_only)
-    }
-
-
-def save_state(distiller: Distiller, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write student and projections; state: `gathered_state`."""
-    student = None
-    projections: dict[str, Tensor] = {**distiller.projection_parameters()}
-    if state is not None:
-        prefix = "student."
-        student = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        projections = {
-            name: state[name if name.startswith("kd.") else f"cross_cot.{name}"]
-            for name in projections
-        }
-    save_student(distiller.student, folder, student)
-    if projections:
-        tensors = {name: p.detach().contiguous().cpu() for name, p in projections.items()}
-        save_file(tensors, folder / PROJECTIONS_FILE)
-
-
-@torch.no_grad()
-def load_state(distiller: Distiller, folder: Path) -> None:
-    """Read what `save_state` wrote; a sharded distiller takes its shards, on all processes."""
-    pairs = list(saved_tensors(distiller.student, str(folder)))
-    projections = distiller.projection_parameters()
-    if projections:
-        saved = load_file(folder / PROJECTIONS_FILE)
-        pairs += [(parameter, saved[name]) for name, parameter in projections.items()]
-    for ours, theirs in pairs:
-        if isinstance(ours, DTensor):
-            theirs = distribute_tensor(theirs.to(ours.device), ours.device_mesh, ours.placements)
-        ours.copy_(theirs)
-
-
-def _unsharded(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-SHOWN_PARTS = ("loss", "ce", "kd", "ot", "eval_loss")
-
-
-class Progress(ProgressCallback):
-    """Trainer's progress bar, with the parts of the loss on it instead of whole log entries.
-
-    As a context manager it closes the bar of a run that stops, before anything else is printed.
-    """
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        if self.training_bar is not None:
-            self.training_bar.close()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        """Show the last values of SHOWN_PARTS."""
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {name: f"{logs[name]:.4g}" for name in SHOWN_PARTS if name in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
-
-
-class MetricsFile(TrainerCallback):
-    """Writes every log entry to metrics.jsonl; a resumed run first drops what came after its
-    checkpoint."""
-
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        """Begin with the entries of the checkpoint, none in a new run."""
-        if state.is_world_process_zero:
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-            Path(args.output_dir, METRICS_FILE).write_text("".join(lines), encoding="utf-8")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        """Append one entry."""
-        if state.is_world_process_zero:
-            with Path(args.output_dir, METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
-
-
-class Termination(TrainerCallback):
-    """Lets the step end that a SIGTERM comes in, and saves. A context manager around training.
-
-    requested: this process got the signal; agreed: some process did, known to all of them.
-    """
-
-    requested = False
-    agreed = False
-
-    def __enter__(self) -> None:
-        self._handles = threading.current_thread() is threading.main_thread()
-        if self._handles:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        """Ask for a checkpoint and for the end."""
-        if self.agreed:
-            control.should_log = control.should_save = control.should_training_stop = True
-
-
-class LogCheckpoints(TrainerCallback):
-    """Logs the last step and every checkpoint's: a resumed run begins where a log entry ends."""
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        """Ask for a log entry where Trainer's own schedule has none."""
-        if state.global_step >= state.max_steps or state.global_step % args.save_steps == 0:
-            control.should_log = True
-
-
 def _open_output(config: TrainConfig, main_process: bool) -> str | None:
     """Refuse a folder in use, create a new one; returns the checkpoint to resume from."""
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {config.output} is a file, expected a folder")
     if config.resume:
-        checkpoints = _checkpoints(folder)
-        return str(checkpoints[-1]) if checkpoints else None
+        found = checkpoints(folder)
+        return str(found[-1]) if found else None
     if main_process and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"output folder {config.output} is not empty; choose another, or --resume to continue"
@@ -1013,36 +717,6 @@ def _check_backend(config: DistillConfig, device: torch.device) -> None:
         choose_backend(config.ot_backend, torch.empty(0, device=device))
     except ValueError as error:
         raise UserError(f"setting 'ot_backend': {error}") from None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first; removing an old one may have been cut short."""
-    found = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write files in; they appear in `folder` when all of them are written."""
-    partial = folder / PARTIAL_FOLDER
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.iterdir():
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _written(what: str) -> Iterator[None]:
-    """Files that cannot be written are the user's to hear of, in one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = refused_write(error) or one_line(error)
-        raise UserError(f"{what} cannot be written: {reason}") from None
 
 
 def _trackers(config: TrainConfig) -> list[str]:
@@ -1066,21 +740,3 @@ def _samples(config: TrainConfig) -> dict[str, list[Row]]:
         "/".join(file.with_suffix("").parts[-2:]): read_rows(str(file))[: config.generate_rows]
         for file in files
     }
-
-
-def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distiller:
-    if config.padding_free:
-        name = config.student if isinstance(config, DistillConfig) else config.model
-        check_packing(distiller.student, name)
-        if isinstance(config, DistillConfig) and distiller.teacher and not config.teacher_cache:
-            check_packing(distiller.teacher, config.teacher)
-    if config.lora_r:
-        distiller.student = add_lora(distiller.student, config)  # type: ignore[assignment]
-    if config.gradient_checkpointing:
-        student = distiller.student
-        # transformers renamed the method in 5.x and warns about the old name.
-        enable = getattr(student, "activation_checkpointing_enable", None)
-        (enable or student.gradient_checkpointing_enable)()
-    if config.torch_compile:
-        body_of(distiller.student).compile()
-    return distiller

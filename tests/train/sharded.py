@@ -19,15 +19,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from cot2align.train.checkpoint import gathered_state, load_state, save_state
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.distiller import build_distiller
 from cot2align.train.models import load_tokenizer
-from cot2align.train.trainer import (
-    build_distiller,
-    gathered_state,
-    load_state,
-    save_state,
-)
 
 
 def shard(distiller):

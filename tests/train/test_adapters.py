@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from cot2align.train.config import DistillConfig, UserError, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.distiller import build_distiller
 from cot2align.train.models import load_model, load_tokenizer
 from cot2align.train.token_states import token_states
-from cot2align.train.trainer import build_distiller
 from tests.conftest import MAX_LENGTH, cli, log_of, save_llama, unigram
 
 LORA = {"lora_r": 4, "lora_alpha": 32, "learning_rate": 1e-2}

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from cot2align.train import token_states as token_states_module
 from cot2align.train.config import DistillConfig, UserError, build
 from cot2align.train.data import collate
+from cot2align.train.distiller import build_distiller, kd_loss
 from cot2align.train.losses.cross_entropy import cross_entropy
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.models import load_tokenizer
 from cot2align.train.token_states import TokenStates, token_states
-from cot2align.train.trainer import build_distiller, kd_loss
 from tests.conftest import cli, log_of
 from tests.train.conftest import Pair, random_states
 

@@ -45,7 +45,8 @@ def killed_after(entries: int, settings: dict, launcher: tuple[str, ...] = ()) -
         process = subprocess.Popen(
             [sys.executable, *launcher, *words],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # As many as the unbroken run has: sums are rounded by their number.
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
             stdout=nowhere,
             stderr=nowhere,
         )

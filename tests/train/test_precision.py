@@ -8,9 +8,9 @@ import torch
 from cot2align.kernels.ot_loss import fused_ot_loss
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.distiller import build_distiller
 from cot2align.train.losses.mined import TokenAligner
 from cot2align.train.models import load_tokenizer
-from cot2align.train.trainer import build_distiller
 from tests.conftest import cli
 
 

@@ -14,13 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cot2align.train.config import DistillConfig, SFTConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.distiller import build_distiller
 from cot2align.train.models import load_tokenizer
-from cot2align.train.trainer import (
-    DistillTrainer,
-    build_distiller,
-    run,
-    training_arguments,
-)
+from cot2align.train.trainer import DistillTrainer, run, training_arguments
 from tests.conftest import cli, log_of
 
 
