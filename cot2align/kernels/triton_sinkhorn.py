@@ -7,9 +7,9 @@ is served by one program of `_fused`, from its tokens to dL/dS, with its matrice
     a stop of its own -> loss -> reverse iterations -> dS = weight dL/dS
 
 The u and v of each iteration go to memory for the way back. That is one launch up to 64 x 128,
-with the implicit gradient up to 64 x 64 (32 x 32 on compute capability 10), without a gradient up
-to 128 x 128 where 1/epsilon <= 64. Larger problems get S from `_similarity` and dS, in its place,
-from a core (kernels/triton_streamed.py or cuda_sinkhorn.py): two launches where the core makes one.
+without a gradient up to 128 x 128 where 1/epsilon <= 64. Larger problems get S from `_similarity`
+and dS, in its place, from a core (kernels/triton_streamed.py or cuda_sinkhorn.py): two launches
+where the core makes one.
 `_products` then makes dX = scale dS Z and dZ = scale dS^T X, each row by one program that sums over
 the row's problems in their order: no atomics, the same input gives the same bits.
 
@@ -88,6 +88,14 @@ def _entries(matrix, rows, cols, n, m):
 
 
 @triton.jit
+def _reload(matrix, offsets, q, rows, cols, n, m):
+    """Entries that this program has stored; the barrier also keeps two loads from becoming one."""
+    tl.debug_barrier()
+    at, valid = _entries(_matrix(matrix, offsets, q), rows, cols, n, m)
+    return tl.load(at, mask=valid, other=0.0)
+
+
+@triton.jit
 def _is_argmax(kept):
     return kept.to(tl.int32, bitcast=True) < 0
 
@@ -96,6 +104,13 @@ def _is_argmax(kept):
 def _cost(kept):
     """1 - p, which cancels at the row's argmax: there the cost itself is kept, sign bit set."""
     return tl.where(_is_argmax(kept), -kept, 1.0 - kept)
+
+
+@triton.jit
+def _exponential(C, row, col, epsilon, LOG: tl.constexpr):
+    """E, positive everywhere; its logarithm where LOG, `NEVER` for what is not there."""
+    E = C * (-1.0 / epsilon)
+    return tl.where(row[:, None] & col[None, :], E, NEVER) if LOG else tl.exp(E)
 
 
 @triton.jit
@@ -154,36 +169,37 @@ def _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG: tl.con
 
 @triton.jit
 def _fixed_point(T, C, limit):
-    """z and w of [diag(r) T; T^T diag(c)] [z; w] = [W 1; W^T 1], r and c the sums of the plan.
+    """z of [diag(r) T; T^T diag(c)] [z; w] = [W 1; W^T 1], r and c the sums of the plan.
 
-    Conjugate gradients on what is left for w, preconditioned by diag(c). The system is singular
-    along the constants, and nearly so wherever the plan falls into blocks: hence double.
+    Conjugate gradients on what is left for r^1/2 z, (I - B B^T) with B = T / (r c)^1/2: singular
+    for constant z, and nearly so wherever the plan falls into blocks, hence double. Vectors of the
+    rows, since a tile has fewer rows than columns: they take registers too.
     """
     T = T.to(tl.float64)
     r, c = tl.sum(T, 1), tl.sum(T, 0)
-    per_row, per_col = tl.where(r > 0, 1 / r, 0.0), tl.where(c > 0, 1 / c, 0.0)
-    mean = per_row * tl.sum(T * C, 1)
-    residual = tl.sum(T * (C - mean[:, None]), 0)
+    mean = tl.where(c > 0, tl.sum(T * C, 0) / c, 0.0)
+    residual = tl.sum(T * (C - mean[None, :]), 1)
     # Rounding's component along the constants must not reach the iteration.
-    residual -= tl.sum(residual, 0) / tl.sum(c, 0) * c
-    norm = tl.sum(residual * residual * per_col, 0)
+    residual -= tl.sum(residual, 0) / tl.sum(r, 0) * r
+    by_row = tl.where(r > 0, 1 / tl.sqrt(r), 0.0)
+    B = T * by_row[:, None] * tl.where(c > 0, 1 / tl.sqrt(c), 0.0)[None, :]
+    residual *= by_row
+    norm = tl.sum(residual * residual, 0)
     enough = 1e-24 * norm
-    w = c * 0.0
-    direction = w
-    beta = norm * 0.0
+    direction = residual
+    z = residual * 0.0
     while (limit > 0) & (norm > enough):
-        direction = residual * per_col + beta * direction
-        through_rows = per_row * tl.sum(T * direction[None, :], 1)
-        product = c * direction - tl.sum(T * through_rows[:, None], 0)
+        product = tl.sum(B * direction[:, None], 0)
+        product = direction - tl.sum(B * product[None, :], 1)
         curvature = tl.sum(direction * product, 0)
         step = tl.where(curvature > 0, norm / curvature, 0.0)
-        w += step * direction
+        z += step * direction
         residual -= step * product
         before = norm
-        norm = tl.where(curvature > 0, tl.sum(residual * residual * per_col, 0), 0.0)
-        beta = norm / before
+        norm = tl.where(curvature > 0, tl.sum(residual * residual, 0), 0.0)
+        direction = residual + norm / before * direction
         limit -= 1
-    return mean - per_row * tl.sum(T * w[None, :], 1), w
+    return z * by_row
 
 
 @triton.jit(do_not_specialize=["num_iters", "floor_n", "floor_m"])
@@ -239,13 +255,18 @@ def _fused(
     rest = tl.sum(tl.where(at_argmax, 0.0, p), 1)
     # Times -1, since Triton's minus gives no negative zero.
     kept = tl.where(at_argmax, (rest * -1.0)[:, None], p) / (1.0 + rest)[:, None]
-    E = _cost(kept) * (-1.0 / epsilon)
+    if GRADIENT == "implicit":
+        # Through memory, here and before each further use: a thread holds fewer columns of what it
+        # loads than of a product, and p leaves its registers to the doubles.
+        at, valid = _entries(_matrix(gradient, offsets, q), rows, cols, n, m)
+        tl.store(at, kept, mask=valid)
+        kept = _reload(gradient, offsets, q, rows, cols, n, m)
+    E = _exponential(_cost(kept), row, col, epsilon, LOG)
 
     a, b = 1.0 / n.to(tl.float32), 1.0 / m.to(tl.float32)
     if LOG:
         # The first iteration needs the largest exponents. After it no sum of the plan is below
         # a * b, and an iteration adds to f and g what its own sums lack.
-        E = tl.where(row[:, None] & col[None, :], E, NEVER)
         largest = tl.max(E, 0)
         v = tl.log(b / tl.sum(tl.exp(E - largest[None, :]), 0)) - largest
         v = tl.where(col, v, 0.0)
@@ -255,7 +276,6 @@ def _fused(
         u_0 = tl.zeros([ROWS], tl.float32)
         sums = tl.where(col, b, 1.0)
     else:
-        E = tl.exp(E)
         u = row.to(tl.float32)
         v = col.to(tl.float32)
         u_0 = u
@@ -279,6 +299,9 @@ def _fused(
         error = tl.sum(tl.where(col, tl.abs(masses - b), 0.0), 0)
         k += 1
 
+    if GRADIENT == "implicit":
+        kept = _reload(gradient, offsets, q, rows, cols, n, m)
+        E = _exponential(_cost(kept), row, col, epsilon, LOG)
     T = _plan(E, u, v, LOG)
     C = _cost(kept)
     tl.store(loss + q, tl.sum(tl.sum(T * C, 1), 0))
@@ -288,14 +311,13 @@ def _fused(
         if GRADIENT == "unrolled":
             slope = _reverse(E, C, u, v, u_0, history, rows, cols, n, m, k, epsilon, LOG)
         elif GRADIENT == "implicit":
-            # In memory, p leaves its registers to the iteration in double precision.
-            at, valid = _entries(_matrix(gradient, offsets, q), rows, cols, n, m)
-            tl.store(at, kept, mask=valid)
-            z_bar, w_bar = _fixed_point(T, C, 2 * m + 50)
-            tl.debug_barrier()
-            kept = tl.load(at, mask=valid, other=0.0)
+            z = _fixed_point(T, C, 2 * n + 50)
+            kept = _reload(gradient, offsets, q, rows, cols, n, m)
             C = _cost(kept)
-            slope = (T * ((C - z_bar[:, None] - w_bar[None, :]) / epsilon - 1.0)).to(tl.float32)
+            T = _plan(_exponential(C, row, col, epsilon, LOG), u, v, LOG).to(tl.float64)
+            free = C - z[:, None]
+            w = tl.where(col, tl.sum(T * free, 0) / tl.sum(T, 0), 0.0)
+            slope = (T * ((free - w[None, :]) / epsilon - 1.0)).to(tl.float32)
         else:
             slope = -T
         # Relative to the argmax, whose own p is all but 1 where the softmax saturates.
@@ -449,8 +471,8 @@ def tiles_for(gradient: str, logarithmic: bool, capability: int) -> tuple[Tile, 
     """The tiles of `_fused`, each within the next, on a GPU of this major capability."""
     if gradient == "none" and not logarithmic:
         return (*TILES, Tile(128, 128, 8 if capability == 9 else 16))
-    if gradient == "implicit":  # its matrices are of double precision
-        return TILES[:1] if capability >= 10 else TILES[:2]
+    if gradient == "implicit":  # doubles need more registers in fewer threads
+        return (*TILES[:2], TILES[2]._replace(warps=8))
     return TILES
 
 

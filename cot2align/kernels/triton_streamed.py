@@ -547,6 +547,12 @@ def _whole_kernel(
             rows, cols, x, y, partial, masses, iterations, sharpness, COLS, R, LOG, STAGES,
         )  # fmt: skip
         tl.debug_barrier()
+    elif GRADIENT == "implicit":
+        _fixed_point_kernel(
+            similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots, max_parts,
+            rows, cols, masses, w, iterations, sharpness, COLS, R, LOG,
+        )  # fmt: skip
+        tl.debug_barrier()
     if GRADIENT != "none":
         _gradient_kernel(
             similarity, shapes, offsets, order, small_n, small_m, chunk, width_n, slots,
@@ -1074,11 +1080,12 @@ MANY, SMALL = 32, 2**19
 LARGEST_SHARPNESS = 64
 
 
-def resources(kernel: Any) -> dict[str, int]:
+def resources(kernel: Any, gradient: str | None) -> dict[str, int]:
     """Warps, and all the registers that a thread can have: ptxas would rather spill a few than not
     fit a second program. Doubles take two registers each: fewer threads.
     """
-    if kernel in (_fixed_point_kernel, _wide_fixed_point_kernel):
+    doubles = (_fixed_point_kernel, _wide_fixed_point_kernel)
+    if kernel in doubles or (kernel is _whole_kernel and gradient == "implicit"):
         return {"num_warps": 8, "maxnreg": 255}
     return {"num_warps": 16, "maxnreg": 128}
 
@@ -1140,8 +1147,7 @@ def solve(
     tile = columns(max_m)
     wide = tile not in TILES
     settings = constants(tile, wide or 1 / epsilon > LARGEST_SHARPNESS, gradient)
-    # The implicit gradient's doubles need more registers than the other steps have.
-    whole = max_n * max_m <= WHOLE and gradient != "implicit" and not wide
+    whole = max_n * max_m <= WHOLE and not wide
     rows_each = max_n if whole else triton.cdiv(max_n * problems, PROGRAMS)
     chunk = triton.cdiv(rows_each, settings["R"]) * settings["R"]
     parts = triton.cdiv(max_n, chunk)
@@ -1189,7 +1195,7 @@ def solve(
         launches[kernel.fn.__name__] += 1
         known = {**values, **settings, **more}
         arguments = {name: known[name] for name in kernel.arg_names}
-        kernel[grid](**arguments, **resources(kernel))
+        kernel[grid](**arguments, **resources(kernel, gradient))
 
     with torch.cuda.device_of(similarity):
         if whole:

@@ -110,8 +110,9 @@ def test_borders_of_the_tiles(n, m, tiles, epsilon):
 
 
 @runs
-@pytest.mark.parametrize(("n", "m", "kernel"), [(20, 40, "_fused"), (65, 128, "_similarity")])
-def test_launches_for_problems_of_one_size(n, m, kernel):
+@pytest.mark.parametrize("grad", reference.GRADS)
+@pytest.mark.parametrize(("n", "m", "kernel"), [(20, 66, "_fused"), (65, 128, "_similarity")])
+def test_launches_for_problems_of_one_size(n, m, kernel, grad):
     """Up to 64 x 128 in one launch, up to 128 x 128 in two; two more for the products."""
     x, y = torch.randn(2, n, 8, device=DEVICE, requires_grad=True), torch.randn(2, m, 8)
     y, masked = y.to(DEVICE), torch.ones(2, n, dtype=torch.bool, device=DEVICE)
@@ -119,7 +120,8 @@ def test_launches_for_problems_of_one_size(n, m, kernel):
     for mask in (None, masked):
         sinkhorn.launches.clear()
         triton_streamed.launches.clear()
-        fused_ot_loss(x, y, student_mask=mask, num_iters=2, backend="triton").backward()
+        how = {"num_iters": 2, "grad": grad, "backend": "triton"}
+        fused_ot_loss(x, y, student_mask=mask, **how).backward()
         assert triton_streamed.launches.total() == (kernel == "_similarity")
         counts.append(dict(sinkhorn.launches))
     assert counts[0] == {kernel: 1, "_products": 1}
