@@ -197,6 +197,17 @@ def test_implicit_is_unrolled_at_convergence():
 
 
 @runs
+@pytest.mark.parametrize("gradient", ["implicit", "detached"])
+def test_other_gradients_on_logarithms(gradient):
+    tensors = packed([20, 40], [30, 70], [(0, 0), (1, 1)])
+    settings = {"gradient": gradient, "epsilon": 0.012}
+    got, want = (solve(tensors, solver=solver, **settings) for solver in (None, native.ot_loss))
+    assert sinkhorn.launches["_fused"] == 3
+    for have, exact in zip(got[3:], want[3:], strict=True):
+        assert direct.relative(have, exact) <= 1e-4
+
+
+@runs
 @pytest.mark.parametrize("epsilon", [0.1, 0.012])
 def test_stops_as_the_reference_does(epsilon):
     tensors = packed([20, 35], [12, 30], [(0, 0), (1, 1), (0, 1)])
