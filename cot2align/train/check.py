@@ -38,7 +38,14 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from cot2align.train import token_states
-from cot2align.train.config import CheckConfig, DistillConfig, SFTConfig, UserError, without_effect
+from cot2align.train.config import (
+    CheckConfig,
+    DistillConfig,
+    RecipeCheck,
+    SFTConfig,
+    UserError,
+    without_effect,
+)
 from cot2align.train.data import (
     Cuts,
     Example,
@@ -54,6 +61,7 @@ from cot2align.train.distiller import build_distiller, one_vocabulary
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.mined import TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.models import Tokenizer, body_states, load_tokenizer, width
+from cot2align.train.recipe import stage_to_check
 from cot2align.train.teacher import TeacherCache
 from cot2align.train.token_states import model_inputs
 from cot2align.train.trainer import DistillTrainer, training_arguments
@@ -91,8 +99,12 @@ class Memory:
         return max(self.moments.values())
 
 
-def run(config: CheckConfig) -> dict[str, Any]:
+def run(config: CheckConfig | RecipeCheck) -> dict[str, Any]:
     """Print what `check` found; returns it. Raises UserError."""
+    if isinstance(config, RecipeCheck):
+        with stage_to_check(config) as (checked, notes):
+            print("\n".join(notes), flush=True)
+            return run(checked)
     found = check(config.checked(), processes=config.processes, steps=2 if config.dry_run else 0)
     print("\n".join(lines(found)))
     return found
@@ -107,9 +119,11 @@ def check(
     "data", "vocabulary" and "alignment" (in distillation), "dry_run": [seconds] and "used": bytes
     (with steps), "batch_size" and "gradient_accumulation": suggested, "notes"}.
     """
+    notes = without_effect(config)
     with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes its output folder
-        config = dataclasses.replace(config, output=nowhere, eval=None)
-        return _check(config, processes, steps)
+        without_evaluations = {"eval": None, "generate_rows": 0, "keep_best": "none"}
+        config = dataclasses.replace(config, output=nowhere, **without_evaluations)
+        return {**_check(config, processes, steps), "notes": notes}
 
 
 def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dict[str, Any]:
@@ -151,7 +165,6 @@ def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dic
             if module is not None
         },
         "data": _data(rows, examples, cuts),
-        "notes": without_effect(config),
     }
     projections = sum(p.numel() for p in distiller.projection_parameters().values())
     found["parameters"]["projections"] = (projections, projections)

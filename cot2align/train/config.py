@@ -161,7 +161,7 @@ class TrainConfig(TextConfig):
         metadata=about("names of the modules with adapters; auto: all linear ones but the head"),
     )
     merge: bool = setting(False, "save a plain model at the end; its adapter goes to adapter/")
-    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits; needs a GPU")
+    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits, through bitsandbytes")
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that contradict each other."""
@@ -215,7 +215,7 @@ class DistillConfig(TrainConfig):
     )
     teacher_quantization: str = setting(
         "none",
-        "teacher weights in fewer bits, through bitsandbytes; needs a GPU",
+        "teacher weights in fewer bits, through bitsandbytes",
         choices=("none", "8bit", "4bit"),
     )
     teacher_cache: str | None = setting(
@@ -316,21 +316,35 @@ class DistillConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class CheckConfig(DistillConfig):
-    """What a run needs, before it is paid for: takes the config file of distill or of sft."""
+    """What a run needs, before it is paid for: takes the file of distill or sft, or a recipe."""
 
     student: str = setting("", "student model: a folder or a hub name")
     teacher: str = setting("", "teacher model: a folder or a hub name")
     model: str = setting("", "of sft: the model to fine-tune, in place of student and teacher")
-    output: str = setting("unused", "output folder of the run; not touched")
+    output: str = setting("unused", "output folder of the run, or of the recipe; not touched")
+    method: str | None = setting(
+        None, "of a recipe: the method or teacher to check; none: the first method that distils"
+    )
     processes: int = setting(1, "data-parallel processes of the run", at_least=1)
     dry_run: bool = setting(True, "run and time two steps on a largest batch")
 
     def checked(self) -> SFTConfig | DistillConfig:
         """The config of the run. Raises UserError where it is that of neither command."""
+        if self.method is not None:
+            raise UserError("setting 'method' names a method of a recipe, and no recipe is given")
         if bool(self.model) == bool(self.student and self.teacher):
             raise UserError("check needs either model, or student and teacher")
         cls = SFTConfig if self.model else DistillConfig
         return cls(**{f.name: getattr(self, f.name) for f in dataclasses.fields(cls)})
+
+
+@dataclass(kw_only=True)
+class RecipeCheck:
+    """`check` of a recipe: what its file says, and CheckConfig's settings that are given beside it,
+    as texts."""
+
+    recipe: dict[str, Any]
+    settings: dict[str, str]
 
 
 @dataclass(kw_only=True)
@@ -733,12 +747,16 @@ Config = TypeVar("Config")
 
 
 def from_sources(cls: type[Config], yaml_path: str | None, overrides: dict[str, str]) -> Config:
-    """The config of class `cls` from a YAML file, beaten by command-line texts.
+    """The config of class `cls` from a YAML file, beaten by command-line texts; a RecipeCheck where
+    `cls` is CheckConfig and the file is a recipe.
 
     Raises UserError for an unreadable file, an unknown name, a wrong type or range, or a missing
     setting.
     """
     given = {} if yaml_path is None else _read_with_base(yaml_path)
+    if issubclass(cls, CheckConfig) and "methods" in given:
+        _check_names(RecipeConfig, given, f"{yaml_path}: ")
+        return typing.cast(Config, RecipeCheck(recipe=given, settings=overrides))
     _check_names(cls, given, f"{yaml_path}: ")
     return build(cls, {**given, **overrides})
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -45,7 +47,16 @@ from typing import Any
 import yaml
 
 from cot2align.train.__main__ import COMMANDS, config_class, run_module
-from cot2align.train.config import RecipeConfig, UserError, build, merged, nearest, to_yaml
+from cot2align.train.config import (
+    CheckConfig,
+    RecipeCheck,
+    RecipeConfig,
+    UserError,
+    build,
+    merged,
+    nearest,
+    to_yaml,
+)
 from cot2align.train.files import write_whole
 
 RECIPE_FILE = "recipe.yaml"
@@ -410,6 +421,15 @@ def _built(stage: Stage, settings: dict[str, Any]) -> Any:
         raise UserError(f"stage {stage.name}: {error}") from None
 
 
+def run_stage(stage: Stage, settings: dict[str, Any]) -> None:
+    """Run its command in this process. Raises UserError, naming the stage."""
+    config = _built(stage, settings)
+    try:
+        run_module(stage.command).run(config)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+
+
 def _known(command: str) -> set[str]:
     return {f.name for f in fields(config_class(command))}
 
@@ -525,15 +545,15 @@ class _Runner:
                 self.plan.folder, best_try(self.plan.folder, stage.tries)
             )[stage.tuned]
         path = self._path(stage, "yaml")
-        key = self._key(stage, settings)
+        key = self.key(stage, settings)
         self.keys[stage.name] = key
-        record = read_record(self.plan.folder, stage)
         elapsed = time.perf_counter() - self.begin
         head = f"[{number}/{len(self.plan.stages)}] {stage.name}"
         output = Path(settings["output"])
-        if record.get("key") == key and "seconds" in record and output.exists():
+        if self.is_finished(stage, key):
             print(f"{head}: finished before", flush=True)
             return None
+        record = read_record(self.plan.folder, stage)
         goes_on = output.exists() and record.get("key") == key
         if output.exists():
             self._make_room(stage, output, same=goes_on)
@@ -569,11 +589,7 @@ class _Runner:
 
     def _call(self, stage: Stage, settings: dict[str, Any]) -> None:
         resume = {"resume": True} if stage.command in RESUMABLE else {}
-        config = _built(stage, settings | resume)
-        try:
-            run_module(stage.command).run(config)
-        except UserError as error:
-            raise UserError(f"stage {stage.name}: {error}") from None
+        run_stage(stage, settings | resume)
 
     def _spawn(self, stage: Stage, path: Path) -> None:
         words = [*(self._launcher(stage) or [sys.executable]), "-m", "cot2align.train"]
@@ -600,7 +616,13 @@ class _Runner:
             raise UserError(f"stage {stage.name}: exit code {code}: {reason} (see {log})")
         print(f"{stage.name}: {lines[-1]}", flush=True)
 
-    def _key(self, stage: Stage, settings: dict[str, Any]) -> str:
+    def is_finished(self, stage: Stage, key: str) -> bool:
+        record = read_record(self.plan.folder, stage)
+        is_there = Path(stage.settings["output"]).exists()
+        return record.get("key") == key and "seconds" in record and is_there
+
+    def key(self, stage: Stage, settings: dict[str, Any]) -> str:
+        """What the stage is made from, as a hash; `keys` has those of the stages that it needs."""
         whole = asdict(_built(stage, settings))
         kept = {name: value for name, value in whole.items() if name not in WITHOUT_EFFECT}
         lists = (value if isinstance(value, list) else [value] for value in kept.values())
@@ -647,6 +669,86 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """The settings that a stage was run with, also what was chosen for it by tries."""
     path = folder / "stages" / f"{name.replace('/', '-')}.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def stage_to_check(config: RecipeCheck) -> Iterator[tuple[CheckConfig, list[str]]]:
+    """The config of a method's first training, with inputs that are there, and notes on those that
+    stand for what stages before it have not made yet. Raises UserError.
+
+    A model that is to be trained has the shape that it begins with; rows come without the
+    rationales that are to be written; rows and untrained models are made, in a temporary folder.
+    """
+    settings = dict(config.settings)
+    study = {name: settings.pop(name) for name in ("output",) if name in settings}
+    recipe = build(RecipeConfig, {**config.recipe, **study})
+    plan = make_plan(recipe)
+    stage = _asked(plan, settings.pop("method", None))
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = _Inputs(plan, recipe, Path(folder))
+        values = {**stage.settings, **settings}
+        for name in ("student", "teacher", "model", "train"):
+            if name in values:
+                values[name] = inputs.of(values[name])
+        yield build(CheckConfig, values), [f"stage {stage.name} ({stage.command})", *inputs.notes]
+
+
+def _asked(plan: Plan, name: str | None) -> Stage:
+    """The first training of a teacher or method; none: of the first method that distils."""
+    first = {name: next(iter(by_seed.values())) for name, by_seed in plan.trainings.items()}
+    if name is not None:
+        if name not in first:
+            raise UserError(f"setting 'method': nothing trains {name!r}{nearest(name, first)}")
+        return first[name]
+    students = [stage for stage in first.values() if stage.name.startswith("students/")]
+    return next((stage for stage in students if stage.command == "distill"), students[0])
+
+
+class _Inputs:
+    """A plan's files and folders, or what stands for them; notes say which that are."""
+
+    def __init__(self, plan: Plan, config: RecipeConfig, folder: Path):
+        self.runner = _Runner(plan, config, lock=-1)
+        self.stages = {stage.name: stage for stage in plan.stages}
+        self.makers = {stage.settings["output"]: stage for stage in plan.stages}
+        self.folder = folder
+        self.notes: list[str] = []
+
+    def of(self, path: str) -> str:
+        stage = self.makers.get(path) or self.makers.get(str(Path(path).parent))
+        if stage is None or self.is_made(stage):
+            return path
+        if stage.command in TRAININGS:
+            model = stage.settings["model" if stage.command == "sft" else "student"]
+            self.note(f"{stage.name} is not trained yet: {model} in its place, of its shape")
+            return self.of(model)
+        if stage.command == "augment":
+            data = stage.settings["data"]
+            self.note(f"{stage.name} are not written yet: the rows of {data} as they are")
+            return self.of(data)
+        return self.made(stage, path)
+
+    def is_made(self, stage: Stage) -> bool:
+        # All of them: a key is made of those before it.
+        before = [self.is_made(self.stages[name]) for name in stage.needs]
+        key = self.runner.keys[stage.name] = self.runner.key(stage, stage.settings)
+        return all(before) and self.runner.is_finished(stage, key)
+
+    def made(self, stage: Stage, path: str) -> str:
+        """`path`, which is or is in the stage's output, in the temporary folder."""
+        output = self.folder / stage.name
+        if not output.exists():
+            self.note(f"{stage.name} is not made yet: made in a temporary folder")
+            settings = {**stage.settings, "output": str(output)}
+            if stage.command == "new-model":
+                settings["data"] = self.of(settings["data"])
+            with contextlib.redirect_stdout(io.StringIO()):
+                run_stage(stage, settings)
+        return str(output / Path(path).relative_to(stage.settings["output"]))
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
 
 
 # Settings that change how a stage is run, or what is logged, not what comes out.

@@ -204,6 +204,8 @@ def test_suggestions_and_refusals(distill_settings, capsys) -> None:
     assert two.peak == one.peak + one.items["gradients"]
     assert cli("check", train="x") == 2
     assert "either model, or student and teacher" in capsys.readouterr().err
+    assert cli("check", **{**distill_settings, "method": "dskd"}) == 2
+    assert "and no recipe is given" in capsys.readouterr().err
     assert cli("check", **{**distill_settings, "layers": "middle"}) == 2
     assert "unknown layer 'middle'" in capsys.readouterr().err
     assert cli("check", **{**distill_settings, "kd": "kl"}) == 2

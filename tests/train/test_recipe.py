@@ -14,8 +14,15 @@ import pytest
 import yaml
 
 from cot2align.train import new_model
-from cot2align.train.config import NewModelConfig, RecipeConfig, UserError, build, from_sources
-from cot2align.train.recipe import best_try, make_plan, run
+from cot2align.train.config import (
+    NewModelConfig,
+    RecipeCheck,
+    RecipeConfig,
+    UserError,
+    build,
+    from_sources,
+)
+from cot2align.train.recipe import best_try, make_plan, run, stage_to_check
 from tests.conftest import cli, sample_rows, write_rows
 from tests.train.loopback import serve
 
@@ -217,6 +224,12 @@ def test_study(data, tmp_path, capsys) -> None:
     before = finished_times(study)
     run(build(RecipeConfig, recipe(data, study)))
     assert finished_times(study) == before
+    for shape, notes in (("llama", 1), ("qwen2", 3)):
+        whole = recipe(data, study)
+        whole["models"]["large"]["shape"] = shape
+        with stage_to_check(RecipeCheck(recipe=whole, settings={})) as (checked, said):
+            is_the_study_s = checked.teacher == str(study / "teachers" / "teacher")
+            assert (is_the_study_s, len(said)) == (notes == 1, notes)
     changed = recipe(data, study)
     changed["methods"]["uld"]["alpha"] = 0.25
     run(build(RecipeConfig, changed))
@@ -229,6 +242,43 @@ def test_study(data, tmp_path, capsys) -> None:
     run(build(RecipeConfig, changed | {"data": other}))
     again = {name for name, time_ in finished_times(study).items() if time_ != before[name]}
     assert again == {name for name in before if name.startswith("scores-")}
+
+
+def test_check_before_anything_is_made(data, tmp_path, capsys) -> None:
+    """What stages before would make is made aside or stood in for, and said; nothing is written."""
+    path, study = tmp_path / "recipe.yaml", tmp_path / "study"
+    evaluations = {"generate_rows": 2, "keep_best": "rougeL"}
+    source = {"source": data["train"], "train_rows": 6, "validation_rows": 1, "test_rows": 1}
+    whole = recipe(source, study, rationales={}, common={"max_prompt_length": 128, **evaluations})
+    path.write_text(yaml.safe_dump(whole))
+    assert cli("check", config=path, max_length=140, max_new_tokens=8, batch_size=1) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:6] == [
+        "stage students/uld/seed-10 (distill)",
+        "models/small is not made yet: made in a temporary folder",
+        "data is not made yet: made in a temporary folder",
+        f"teachers/teacher is not trained yet: {study}/models/large in its place, of its shape",
+        "models/large is not made yet: made in a temporary folder",
+        f"rationales are not written yet: the rows of {study}/data/train.jsonl as they are",
+    ]
+    assert "  6 rows, 4 with a rationale" in said
+    assert "suggested: batch_size 1, gradient_accumulation 1 (the same rows per step)" in said
+    with stage_to_check(RecipeCheck(recipe=whole, settings={"method": "teacher"})) as (checked, _):
+        assert Path(checked.train).parent.name == "data"
+        assert Path(checked.model, "model.safetensors").is_file()
+        assert not checked.student
+    assert not Path(checked.model).exists()
+    assert not study.exists()
+    for settings, error in (
+        ({"method": "udl"}, "nothing trains 'udl'; did you mean 'uld'?"),
+        ({"processses": "2"}, "unknown option --processses; did you mean 'processes'?"),
+        ({"batch_size": "0"}, "setting 'batch_size' must be at least 1, got 0"),
+    ):
+        assert cli("check", config=path, **settings) == 2
+        assert error in capsys.readouterr().err
+    path.write_text(yaml.safe_dump(whole | {"data": {"source": str(tmp_path / "no.csv")}}))
+    assert cli("check", config=path) == 2
+    assert capsys.readouterr().err.startswith("error: stage data: ")
 
 
 def test_judge(data, tmp_path) -> None:
