@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import cli, log_of, options, sample_rows, write_rows
+from tests.conftest import cli, in_two_processes, log_of, options, sample_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 12
@@ -84,7 +84,25 @@ def test_kill_of_two_processes(long_settings, tmp_path) -> None:
     killed_after(5, {**long_settings, "batch_size": 2, "output": output}, LAUNCHER)
     assert len(log_of(output)) < MAX_STEPS
     assert cli("distill", output=output, resume="true", **long_settings) == 0
-    for ours, theirs in zip(log_of(output), log_of(tmp_path / "unbroken"), strict=True):
+    assert_nearly_the_same(output, tmp_path / "unbroken")
+
+
+def test_resume_with_two_processes(long_settings, tmp_path) -> None:
+    """What one process began, within an epoch, two go on with, half the rows each."""
+    long_settings["checkpoints"] = MAX_STEPS
+    assert cli("distill", output=tmp_path / "unbroken", **long_settings) == 0
+    output = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "unbroken" / "checkpoint-8", output / "checkpoint-8")
+    divided = {"batch_size": 2, "resume": "true", "output": output, "device": "cpu"}
+    in_two_processes("cot2align.train", "distill", *options(**{**long_settings, **divided}))
+    assert {path.name for path in output.glob("checkpoint-*")} == {
+        *("checkpoint-8", "checkpoint-10", "checkpoint-12")
+    }
+    assert_nearly_the_same(output, tmp_path / "unbroken")
+
+
+def assert_nearly_the_same(output: Path, unbroken: Path) -> None:
+    for ours, theirs in zip(log_of(output), log_of(unbroken), strict=True):
         for name in ("loss", "ce", "ot", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, ours["step"])
 
