@@ -107,7 +107,7 @@ def unigram():
     )
 
 
-def save_gpt2(folder: Path, tokenizer) -> str:
+def save_gpt2(folder: Path, tokenizer, width: int = 32) -> str:
     """A GPT-2 of 40k parameters, no dropout, with its tokenizer."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -116,7 +116,7 @@ def save_gpt2(folder: Path, tokenizer) -> str:
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=MAX_LENGTH,
-        n_embd=32,
+        n_embd=width,
         n_layer=2,
         n_head=2,
         resid_pdrop=0.0,
@@ -131,7 +131,7 @@ def save_gpt2(folder: Path, tokenizer) -> str:
     return str(folder)
 
 
-def save_llama(folder: Path, tokenizer, extra_vocabulary: int = 0) -> str:
+def save_llama(folder: Path, tokenizer, extra_vocabulary: int = 0, width: int = 48) -> str:
     """A Llama of 50k parameters with its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -140,8 +140,8 @@ def save_llama(folder: Path, tokenizer, extra_vocabulary: int = 0) -> str:
     config = LlamaConfig(
         vocab_size=len(tokenizer) + extra_vocabulary,
         max_position_embeddings=MAX_LENGTH,
-        hidden_size=48,
-        intermediate_size=96,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -8,6 +8,7 @@ exit code 2, never a traceback.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config: Any = None
+    # bitsandbytes warns at every product of 8-bit weights, and of an extra package when imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_usage())

@@ -129,27 +129,48 @@ def set_adapter_aside(folder: Path) -> Path:
     return aside
 
 
-def quantization(bits: str) -> dict[str, Any]:
-    """What `from_pretrained` needs for weights of "8bit" or "4bit" (NF4) on this process's GPU.
+def quantization(bits: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs for weights of "8bit" or "4bit" (NF4), on the CPU or on this
+    process's GPU.
 
-    "none": nothing. Raises UserError without a GPU or bitsandbytes.
+    "none": nothing. Raises UserError without bitsandbytes.
     """
     if bits == "none":
         return {}
-    if not torch.cuda.is_available():
-        raise UserError(f"weights of {bits.removesuffix('bit')} bits need a GPU, none was found")
     if not is_bitsandbytes_available():
         raise UserError(
-            f"weights of {bits.removesuffix('bit')} bits need the package bitsandbytes; "
-            "pip install bitsandbytes"
+            f"weights of {bits.removesuffix('bit')} bits need the package bitsandbytes: "
+            "pip install 'cot2align[quantized]'"
         )
+    compute = torch.float32
+    place: str | int = "cpu"
+    if device.type == "cuda":
+        compute = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        place = torch.cuda.current_device()
     settings = BitsAndBytesConfig(
         load_in_8bit=bits == "8bit",
         load_in_4bit=bits == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=(
-            torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        ),
+        bnb_4bit_compute_dtype=compute,
     )
-    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": settings, "device_map": {"": place}}
+
+
+def set_up_4bit(model: PreTrainedModel) -> None:
+    """Make 4-bit weights on a CPU fit for training; those on a GPU are.
+
+    With bfloat16 instructions, bitsandbytes packs them anew at the first inference, and no gradient
+    passes through packed ones. Raises UserError for rows that are not whole blocks, which it reads
+    with the scales of other rows.
+    """
+    for name, module in model.named_modules():
+        state = getattr(module, "quant_state", None)
+        if state is None or module.weight.device.type != "cpu":
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if module.in_features % state.blocksize:
+            raise UserError(
+                f"weights of 4 bits on a CPU: {name} has {module.in_features} inputs, expected a "
+                f"multiple of {state.blocksize}"
+            )

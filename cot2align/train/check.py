@@ -121,8 +121,9 @@ def check(
     """
     notes = without_effect(config)
     with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes its output folder
-        without_evaluations = {"eval": None, "generate_rows": 0, "keep_best": "none"}
-        config = dataclasses.replace(config, output=nowhere, **without_evaluations)
+        config = dataclasses.replace(
+            config, output=nowhere, eval=None, generate_rows=0, keep_best="none"
+        )
         return {**_check(config, processes, steps), "notes": notes}
 
 

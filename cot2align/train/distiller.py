@@ -206,6 +206,7 @@ def build_distiller(
         load_model,
         max_length=config.max_length,
         trust_remote_code=config.trust_remote_code,
+        device=config.device,
         attention=config.attn_implementation,
     )
     name = config.model if isinstance(config, SFTConfig) else config.student

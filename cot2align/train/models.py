@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from cot2align.train.adapters import base_of, quantization, with_adapter
+from cot2align.train.adapters import base_of, quantization, set_up_4bit, with_adapter
 from cot2align.train.config import UserError
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
@@ -51,17 +51,19 @@ def load_model(
     max_length: int,
     trust_remote_code: bool = False,
     bits: str = "none",
+    device: str = "cpu",
     attention: str | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of a folder or hub name, checked, in eval mode, on the CPU.
+    """The causal language model of a folder or hub name, checked, in eval mode, on the CPU or,
+    where it is quantised, on `device` ("auto" or "cpu").
 
     An adapter's base is loaded, and the adapter merged into it. dtype: "float32", "bfloat16",
     "float16" or "auto" (as saved). max_length: tokens that it will be given. bits: "none", "8bit"
-    or "4bit", quantised on the GPU. attention: transformers' attn_implementation. Raises UserError.
+    or "4bit". attention: transformers' attn_implementation. Raises UserError.
     """
     transformers_logging.disable_progress_bar()
     base = base_of(name)
-    options = quantization(bits)
+    options = quantization(bits, device_of(device))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base or name,
@@ -75,6 +77,7 @@ def load_model(
         which = name if base is None else f"{base}' of the adapter '{name}"
         raise UserError(f"model '{which}' cannot be loaded: {one_line(error)}") from None
     model, info = loaded
+    set_up_4bit(model)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model {name!r}: {len(missing)} weights are missing, first {missing[0]!r}")
