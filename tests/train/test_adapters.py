@@ -249,21 +249,28 @@ def in_32_bits(quantized: Linear4bit) -> torch.nn.Linear:
     return linear
 
 
-@pytest.mark.parametrize(("bits", "share"), [("8bit", 1 / 4), ("4bit", 1 / 8)])
-def test_a_teacher_of_few_bits(bits, share, adapter, base, distill_settings, tmp_path) -> None:
+@pytest.mark.parametrize(("bits", "share", "error"), [("8bit", 1 / 4, 0.1), ("4bit", 1 / 8, 0.5)])
+def test_a_teacher_of_few_bits(
+    bits, share, error, adapter, base, distill_settings, tmp_path
+) -> None:
     """Layers of fewer bytes, nearly the same losses; an adapter stays beside such a base."""
     load = {"dtype": "float32", "max_length": MAX_LENGTH, "device": "cpu"}
     tokenizer = load_tokenizer(base)
     for name in (base, adapter):
         whole, small = (load_model(name, tokenizer, bits=b, **load) for b in ("none", bits))
         expected, found = logits(whole), logits(small)
-        # A weight in 4 bits is off by 9 % (NF4, normally distributed); layers add up.
-        assert 0 < (found - expected).norm() < 0.3 * expected.norm()
+        assert 0 < (found - expected).norm() < error * expected.norm()
         sizes = [
             next(p for n, p in m.named_parameters() if "up_proj" in n).nbytes
             for m in (whole, small)
         ]
         assert sizes[1] == share * sizes[0]
+        if bits == "4bit" and name == base:
+            ours, theirs = (m.model.layers[0].mlp.up_proj for m in (small, whole))
+            # NF4's error for normally distributed weights; the layers add it up.
+            difference = in_32_bits(ours).weight - theirs.weight
+            share_lost = (difference.norm() / theirs.weight.norm()).item()
+            assert share_lost == pytest.approx(0.09, rel=0.1)
     settings = {**distill_settings, "teacher": adapter, "kd": "dskd", "max_steps": 1}
     for folder in ("none", bits):
         chosen = {"teacher_quantization": folder, "output": tmp_path / folder}
