@@ -7,10 +7,14 @@ exit code 2, never a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cot2align.train.config import UserError, nearest, parse_command_line
@@ -31,6 +35,7 @@ COMMANDS = {
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),
 }
 PROG = "python -m cot2align.train"
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except SystemExit as exit_:  # argparse's --help
         return int(exit_.code or 0)
     return 0
@@ -74,7 +79,28 @@ def config_class(command: str) -> Any:
 
 def run_module(command: str) -> Any:
     """The module whose `run(config)` is the command."""
-    return importlib.import_module(f"cot2align.train.{COMMANDS[command][2]}")
+    with interrupt_ends_process():
+        return importlib.import_module(f"cot2align.train.{COMMANDS[command][2]}")
+
+
+@contextlib.contextmanager
+def interrupt_ends_process() -> Iterator[None]:
+    """Ctrl-C while libraries are imported: an exception would leave half-made modules behind, some
+    libraries turn it into others, and nothing is open that it would have to close."""
+
+    def leave(number: int, frame: Any) -> None:
+        sys.stdout.flush()
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _usage() -> str:
@@ -84,4 +110,7 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # A second Ctrl-C has nothing left to stop, and would only show a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)

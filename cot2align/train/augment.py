@@ -14,8 +14,9 @@ chain-of-thought text; `rationale_dropped` then says why, unless the row was not
 
 Rows are appended as they are done, so that a killed run loses at most one batch, or the requests
 under way; `--resume` repairs a torn last line, keeps what is there and generates the rest with the
-same seeds, in transformers also in the same batches. When all is done the file is put into the
-order of the input.
+same seeds, in transformers also in the same batches. OUTPUT.origin.yaml says what the rows are made
+from (see origin.py); a file of another model, seed or prompt is not continued. When all is done the
+file is put into the order of the input.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from cot2align.train.data import ANSWER_MARKER, PROMPT_FORMATS, Row, parse_row, 
 from cot2align.train.evaluate import ANSWER, answer_of, exact_match, repetition, rouge_l
 from cot2align.train.files import whole_lines, write_whole
 from cot2align.train.generation import Generator
+from cot2align.train.origin import check_origin, origin, write_origin
 from cot2align.train.server import Server, request_seed
 
 ADDED_FIELDS = ("id", "rationale", "rationale_dropped")
@@ -49,13 +51,15 @@ def run(config: AugmentConfig) -> dict[str, Any]:
     call. Raises UserError.
     """
     rows = read_rows(config.data)
-    done = _open_output(config, rows)
+    files = {"data": config.data}
+    done = _open_output(config, rows, origin(config, files))
     for line in without_effect(config):
         print(line, flush=True)
     asked = [row for row in rows if row.input or not config.only_with_input]
     missing = sum(row.id not in done for row in asked)
     generate = (_by_transformers if config.server is None else _by_server)(config, asked, {*done})
     output = Path(config.output)
+    write_origin(_origin_file(output), origin(config, files))  # of a model that is here by now
     write_whole(output, "".join(done.values()))  # without a torn last line
     with (
         output.open("a", encoding="utf-8") as file,
@@ -180,7 +184,13 @@ def _given(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.fields.items() if name not in ADDED_FIELDS}
 
 
-def _open_output(config: AugmentConfig, rows: list[Row]) -> dict[str, str]:
+def _origin_file(output: Path) -> Path:
+    return output.with_name(output.name + ".origin.yaml")
+
+
+def _open_output(
+    config: AugmentConfig, rows: list[Row], made_from: dict[str, Any]
+) -> dict[str, str]:
     """The lines that the output file holds, by row id."""
     path = Path(config.output)
     if path.is_dir():
@@ -202,4 +212,6 @@ def _open_output(config: AugmentConfig, rows: list[Row]) -> dict[str, str]:
                 "belongs to another run"
             )
         done[row.id] = line + "\n"
+    if done:
+        check_origin(_origin_file(path), made_from, path)
     return done

@@ -18,7 +18,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -726,6 +726,38 @@ _UNUSED: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )
 
 
+def _unused(config: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The reasons that hold for a config, each with the settings that have no effect."""
+    known = {f.name for f in dataclasses.fields(config)}
+    for reason, holds, names in _UNUSED:
+        if names[0] in known and holds(config):
+            yield reason, names
+
+
+# Settings that change how a command is run, or what is logged, not what comes out.
+_HOW = {
+    *("output", "resume", "device", "token_maps", "logging_steps", "report_to", "checkpoints"),
+    *("concurrency", "requests_per_minute", "timeout", "retries", "api_key_env"),
+}
+
+
+def counted(config: Any) -> dict[str, Any]:
+    """The settings of any config that what comes out depends on.
+
+    Of a server it counts that there is one, not its address. Batch size and device of a generation
+    decide only which samples are drawn, as does the number of requests at a time; in a training the
+    batch size counts.
+    """
+    left_out = {name for _, names in _unused(config) for name in names} | _HOW
+    if isinstance(config, GenerationConfig):
+        left_out.add("batch_size")
+    fields = (f.name for f in dataclasses.fields(config))
+    settings = {name: getattr(config, name) for name in fields if name not in left_out}
+    if "server" in settings:
+        settings["server"] = settings["server"] is not None
+    return settings
+
+
 def without_effect(config: SFTConfig | DistillConfig | AugmentConfig) -> list[str]:
     """A line for each reason why settings that are not at their defaults have no effect."""
     lines = []
@@ -736,9 +768,9 @@ def without_effect(config: SFTConfig | DistillConfig | AugmentConfig) -> list[st
         if getattr(config, name)
         != (f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
     }
-    for reason, holds, names in _UNUSED:
+    for reason, names in _unused(config):
         found = [name for name in names if name in changed]
-        if names[0] in fields and found and holds(config):
+        if found:
             lines.append(f"{reason}: no effect of {', '.join(found)}")
     return lines
 
@@ -893,6 +925,18 @@ def read_yaml(path: str) -> dict[str, Any]:
             first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """Refuse a name that comes twice, of which YAML would take the last."""
+            node = super().compose_mapping_node(anchor)
+            names = set()
+            for name, _ in node.value:
+                if isinstance(name, yaml.ScalarNode):
+                    if name.value in names:
+                        problem = f"{name.value!r} is given twice"
+                        raise yaml.composer.ComposerError(None, None, problem, name.start_mark)
+                    names.add(name.value)
+            return node
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF")

@@ -14,6 +14,8 @@ so; `rouge_tokens` words or characters reads any script, without stemming.
 
 Predictions are written as their batch is done, and put in order at the end; `--resume` repairs a
 torn last line, keeps what is there and generates the rest, in the same batches with the same seeds.
+`origin.yaml` says what they are made from (see origin.py); predictions of another model, seed or
+rows are not continued.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from cot2align.train.data import Row, TextEncoder, model_batch, read_rows
 from cot2align.train.files import whole_lines, write_whole
 from cot2align.train.generation import Generated, Generator
 from cot2align.train.losses.cross_entropy import cross_entropy
+from cot2align.train.origin import check_origin, origin, write_origin
 from cot2align.train.token_states import token_states
 
+ORIGIN_FILE = "origin.yaml"
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 ANSWER = re.compile("the answer is:", re.IGNORECASE)
@@ -57,7 +61,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError("setting 'prompts' is empty; known: standard, cot")
     sets = {name: read_rows(path) for name, path in _files(config).items()}
     folder = Path(config.output)
-    done = _open_output(config, folder)
+    lines = _open_output(config, folder)
+    done = _finished(folder / PREDICTIONS_FILE, lines)
     transformers_logging.set_verbosity_error()
     generator = Generator.load(config)
     score = scorer(config.rouge_tokens)
@@ -71,8 +76,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             "warning: some references have no letter a-z or digit; their ROUGE-L is 0; "
             "--rouge_tokens words or characters reads any script"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_origin(folder / ORIGIN_FILE, origin(config, _files(config)))
+    write_whole(folder / CONFIG_FILE, to_yaml(replace(config, resume=False)))
+    write_whole(folder / PREDICTIONS_FILE, "".join(line + "\n" for line in lines))
     by_set: dict[str, dict[str, Any]] = {}
-    lines: list[str] = []
+    lines = []
     with (folder / PREDICTIONS_FILE).open("a", encoding="utf-8") as file:
         for name, rows in sets.items():
             by_set[name] = {"rows": len(rows)}
@@ -236,22 +245,20 @@ def _files(config: EvaluateConfig) -> dict[str, str]:
     return {name: str(Path(config.data) / name / "test.jsonl") for name in config.on}
 
 
-def _open_output(config: EvaluateConfig, folder: Path) -> dict[tuple, dict[str, Scores]]:
-    """Finished predictions, (set, prompt, seed) -> row id -> line; a torn last line is cut off."""
-    settings = to_yaml(replace(config, resume=False))
-    note = folder / CONFIG_FILE
+def _open_output(config: EvaluateConfig, folder: Path) -> list[str]:
+    """The lines of predictions that the folder holds, without a torn last one."""
     there = list(folder.iterdir()) if folder.is_dir() else []
     used = folder.is_file() or any(path.suffix != ".partial" for path in there)
-    if used and not (config.resume and note.is_file()):
+    if used and (folder.is_file() or not config.resume):
         hint = "" if config.resume else "; choose another, or --resume to continue"
         raise UserError(f"output folder {folder} is not empty or not a folder{hint}")
-    if used and note.read_text(encoding="utf-8") != settings:
-        raise UserError(f"{folder} holds an evaluation with other settings, see {note}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(note, settings)
-    path = folder / PREDICTIONS_FILE
-    lines = whole_lines(path)
-    write_whole(path, "".join(line + "\n" for line in lines))
+    if used:
+        check_origin(folder / ORIGIN_FILE, origin(config, _files(config)), folder)
+    return whole_lines(folder / PREDICTIONS_FILE)
+
+
+def _finished(path: Path, lines: Sequence[str]) -> dict[tuple, dict[str, Scores]]:
+    """(set, prompt, seed) -> row id -> prediction."""
     done: dict[tuple, dict[str, Scores]] = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -278,12 +285,7 @@ def _predictions(
 ) -> list[Scores]:
     """A line for every row, in their order; those that are not `kept` are generated and written."""
     title = head["prompt"] if seed is None else f"{head['prompt']}, seed {seed}"
-    # A line of other data under the same id is none of ours.
-    kept = {
-        row.id: kept[row.id]
-        for row in rows
-        if row.id in kept and kept[row.id]["references"] == list(row.outputs)
-    }
+    kept = dict(kept)
     with tqdm(total=len(rows), unit="row", desc=title) as progress:
         for batch in generator.batches(prompts):
             # The whole batch, even where a part of it is there: its samples depend on its shape.

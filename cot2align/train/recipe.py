@@ -40,19 +40,25 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cot2align.train.__main__ import COMMANDS, config_class, run_module
+from cot2align.train.__main__ import (
+    COMMANDS,
+    config_class,
+    interrupt_ends_process,
+    run_module,
+)
 from cot2align.train.config import (
     CheckConfig,
     RecipeCheck,
     RecipeConfig,
     UserError,
     build,
+    counted,
     merged,
     nearest,
     to_yaml,
@@ -61,6 +67,7 @@ from cot2align.train.files import write_whole
 
 RECIPE_FILE = "recipe.yaml"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TRAININGS = ("sft", "distill")
 RESUMABLE = (*TRAININGS, "augment", "evaluate", "judge")
 
@@ -106,7 +113,8 @@ def run(config: RecipeConfig) -> dict[str, Any]:
 
     Raises UserError.
     """
-    from cot2align.train import report
+    with interrupt_ends_process():
+        from cot2align.train import report
 
     plan = make_plan(config)
     with _locked(plan.folder) as lock, _terminated_like_interrupted():
@@ -190,14 +198,22 @@ class _Planner:
             if name not in given:
                 raise UserError(f"section 'data': setting {name!r} is missing (a JSON Lines file)")
         for name, path in given.items():
-            if not Path(str(path)).exists():
+            if not Path(str(path)).is_file():
                 raise UserError(f"section 'data': {name}: no file {path}")
+            _check_rows(str(path))
         return {name: str(path) for name, path in given.items()}, ()
 
-    def model(self, name: str) -> tuple[str, Needs]:
+    def model(self, where: str, value: Any) -> tuple[str, Needs]:
         """A model of the recipe or, else, a folder or hub name; and what makes it."""
+        name = _text(where, value)
         if name in self.config.models:
             return self.path("models", name), (f"models/{name}",)
+        if not Path(name).is_dir():
+            if "/" not in name and difflib.get_close_matches(name, self.config.models):
+                near = nearest(name, self.config.models)
+                raise UserError(f"{where}: unknown model {name!r}{near}")
+            if not HUB_NAME.fullmatch(name):
+                raise UserError(f"{where}: no folder {name}, and no hub model has such a name")
         return name, ()
 
     def used_teachers(self) -> list[str]:
@@ -215,13 +231,14 @@ class _Planner:
         self, name: str, settings: dict[str, Any], rows: dict[str, str], needs: Needs
     ) -> None:
         default = name if "teacher" in name else f"teacher {name}"
-        self.titles[name] = str(settings.pop("title", default))
+        where = f"section 'teachers.{name}'"
+        self.titles[name] = _text(f"{where}: title", settings.pop("title", default))
         is_trained = settings.pop("sft", True)
         if not isinstance(is_trained, bool):
-            raise UserError(f"section 'teachers.{name}': sft: expected true or false")
+            raise UserError(f"{where}: sft: expected true or false")
         if "model" not in settings:
-            raise UserError(f"section 'teachers.{name}': setting 'model' is missing")
-        settings["model"], model_needs = self.model(str(settings["model"]))
+            raise UserError(f"{where}: setting 'model' is missing")
+        settings["model"], model_needs = self.model(f"{where}: model", settings["model"])
         if not is_trained:
             self.teachers[name] = settings["model"], model_needs
             return
@@ -245,11 +262,13 @@ class _Planner:
     def evaluation(self, name: str, model: str, data: dict[str, str], needs: Needs) -> Stage:
         settings = {"data": data["test"], **self.config.evaluate}
         settings |= {"model": model, "output": self.path("scores", name)}
-        for each in settings.get("on", ()):
-            file = Path(settings["data"], str(each), "test.jsonl")
+        stage = self.add(f"scores/{name}", "evaluate", settings, needs)
+        for each in _built(stage, stage.settings).on:
+            file = Path(settings["data"], each, "test.jsonl")
             if not file.is_file():
                 raise UserError(f"section 'evaluate': on: no file {file}")
-        return self.add(f"scores/{name}", "evaluate", settings, needs)
+            _check_rows(str(file))
+        return stage
 
     def method(
         self,
@@ -259,23 +278,24 @@ class _Planner:
         rows: dict[str, str],
         needs: Needs,
     ) -> None:
-        self.titles[name] = str(own.pop("title", name))
+        where = f"section 'methods.{name}'"
+        self.titles[name] = _text(f"{where}: title", own.pop("title", name))
         command = str(own.pop("command", "distill"))
         if command not in TRAININGS:
-            raise UserError(
-                f"section 'methods.{name}': expected command sft or distill, got {command!r}"
-            )
+            raise UserError(f"{where}: expected command sft or distill, got {command!r}")
         settings = rows | _shared(self.config.students, command) | own
         side = "student" if command == "distill" else "model"
         if side not in settings:
             raise UserError(f"section 'students': setting 'student' is missing (for {name})")
-        settings[side], model_needs = self.model(str(settings[side]))
+        place = f"{where}: {side}" if side in own else "section 'students': student"
+        settings[side], model_needs = self.model(place, settings[side])
         needs += model_needs
         if command == "distill":
-            teacher = settings.get("teacher", next(iter(self.teachers), None))
-            if teacher is None:
+            if "teacher" not in settings and not self.teachers:
                 raise UserError(f"method {name}: no teacher; section 'teachers' is empty")
-            settings["teacher"], teacher_needs = self.teacher_of(name, str(teacher))
+            of = where if "teacher" in own else "section 'students'"
+            teacher = settings["teacher"] if "teacher" in settings else next(iter(self.teachers))
+            settings["teacher"], teacher_needs = self.teacher_of(of, teacher)
             needs += teacher_needs
         tuning = self.tries(name, command, settings, own, needs)
         self.trainings[name], self.scores[name] = {}, {}
@@ -293,17 +313,23 @@ class _Planner:
                 f"{name}/seed-{seed}", output, data, (stage.name,)
             )
 
-    def teacher_of(self, method: str, teacher: str) -> tuple[str, Needs]:
-        """A teacher of the recipe or, else, any model."""
+    def teacher_of(self, where: str, value: Any) -> tuple[str, Needs]:
+        """A teacher of the recipe, a model of it, a folder, or a hub name OWNER/NAME."""
+        teacher = _text(f"{where}: teacher", value)
         if teacher in self.teachers:
             return self.teachers[teacher]
-        if difflib.get_close_matches(teacher, self.teachers):
-            near = nearest(teacher, self.teachers)
-            raise UserError(f"section 'methods.{method}': unknown teacher {teacher!r}{near}")
-        return self.model(teacher)
+        is_model = "/" in teacher or teacher in self.config.models or Path(teacher).is_dir()
+        if not is_model or difflib.get_close_matches(teacher, self.teachers):
+            near = nearest(teacher, self.teachers) if self.teachers else ""
+            raise UserError(f"{where}: unknown teacher {teacher!r}{near}")
+        return self.model(f"{where}: teacher", teacher)
 
     def judge(self, settings: dict[str, Any], test: str, needs: Needs) -> None:
         """Every method against one of them, with the predictions of the first seed."""
+        known = _known("judge") | {"against"}
+        for name in settings:
+            if name not in known:
+                raise UserError(f"section 'judge': unknown setting {name!r}{nearest(name, known)}")
         against = str(settings.pop("against", None))
         if against not in self.scores or against in self.teachers:
             methods = [name for name in self.scores if name not in self.teachers]
@@ -316,10 +342,13 @@ class _Planner:
             raise UserError(f"section 'judge': the environment has no variable {variable}")
         first = self.config.seeds[0]
         other = self.scores[against][first]
-        asked, made = settings.get("prompt", "standard"), other.settings.get("prompts")
-        if asked not in (made or ["standard"]):
-            raise UserError(f"section 'judge': prompt {asked} is not evaluated, only {made}")
-        if other.settings.get("on") and not {"set", "data"} <= settings.keys():
+        evaluated = _built(other, other.settings)
+        asked, made = settings.get("prompt", "standard"), evaluated.prompts
+        if asked not in made:
+            raise UserError(
+                f"section 'judge': prompt {asked} is not evaluated, only {', '.join(made)}"
+            )
+        if evaluated.on and not {"set", "data"} <= settings.keys():
             raise UserError(
                 "section 'judge': with several test sets, `set` names one and `data` its rows"
             )
@@ -339,9 +368,10 @@ class _Planner:
         lists = [key for key, value in tune.items() if isinstance(value, list)]
         if not tune or (len(lists) == 1 and (lists[0] in own or lists[0] not in _known(command))):
             return {}
-        if len(lists) != 1:
+        if len(lists) != 1 or not tune[lists[0]]:
             raise UserError(
-                f"section 'tune': expected one setting with a list of values, got {len(lists)}"
+                "section 'tune': expected one setting with a list of values, got "
+                f"{'an empty one' if len(lists) == 1 else len(lists)}"
             )
         if "eval" not in settings:
             raise UserError("section 'tune' needs validation rows; section 'data' has none")
@@ -369,9 +399,10 @@ def _check_sections(config: RecipeConfig) -> None:
         raise UserError("setting 'seeds' is empty: nothing to train")
     for kind in ("models", "teachers", "methods"):
         for name, settings in getattr(config, kind).items():
-            if not NAME.fullmatch(str(name)):
+            if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise UserError(
-                    f"section {kind!r}: {name!r} names a folder: letters, digits, + . _ - only"
+                    f"section {kind!r}: {name!r} names a folder: expected text of letters, digits, "
+                    "+ . _ - only"
                 )
             if not isinstance(settings, dict):
                 raise UserError(
@@ -381,7 +412,7 @@ def _check_sections(config: RecipeConfig) -> None:
         if config.jobs > 1:
             raise UserError(f"'jobs' is {config.jobs} and 'launcher' is set: launch one at a time")
         try:
-            program = shlex.split(config.launcher)[0]
+            program = " ".join(shlex.split(config.launcher)[:1])
         except ValueError as error:
             raise UserError(f"setting 'launcher': {config.launcher!r}: {error}") from None
         if shutil.which(program) is None:
@@ -397,9 +428,39 @@ def _check_sections(config: RecipeConfig) -> None:
         if name not in known:
             raise UserError(f"section 'common': unknown setting {name!r}{nearest(name, known)}")
     known = {name for command in TRAININGS for name in _known(command)}
-    for name in config.students:
-        if name not in known:
-            raise UserError(f"section 'students': unknown setting {name!r}{nearest(name, known)}")
+    for section in ("students", "tune"):
+        for name in getattr(config, section):
+            if name not in known:
+                near = nearest(name, known)
+                raise UserError(f"section {section!r}: unknown setting {name!r}{near}")
+    for where, settings in _sections(config):
+        # A method's seed would be overruled by the study's.
+        trained = where == "section 'students'" or where.startswith("section 'methods.")
+        for name in ("output", "resume", *(["seed"] if trained else [])):
+            if name in settings:
+                raise UserError(f"{where}: setting {name!r} is the study's own, leave it out")
+
+
+def _sections(config: RecipeConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping of settings, with its place in the recipe."""
+    for kind in ("data", "common", "students", "rationales", "tune", "evaluate", "judge"):
+        yield f"section {kind!r}", getattr(config, kind) or {}
+    for kind in ("models", "teachers", "methods"):
+        for name, settings in getattr(config, kind).items():
+            yield f"section '{kind}.{name}'", settings
+
+
+def _text(where: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise UserError(f"{where}: expected text, got {value!r}")
+    return str(value)
+
+
+def _check_rows(path: str) -> None:
+    """Raises UserError for a file of rows that a later stage would refuse."""
+    from cot2align.train.data import read_rows
+
+    read_rows(path)
 
 
 def best_try(folder: Path, tries: Sequence[str]) -> str:
@@ -501,6 +562,8 @@ class _Runner:
         self.keys: dict[str, str] = {}
         self.hashes: dict[str, str] = {}
         self.children: set[subprocess.Popen] = set()
+        self.stopping = False
+        self.starting = threading.Lock()  # of children and stopping
         self.begin = time.perf_counter()
 
     def run(self) -> None:
@@ -527,8 +590,10 @@ class _Runner:
                             future.result()
                             finished.add(running.pop(future).name)
             except BaseException:
-                for child in self.children:
-                    child.terminate()
+                with self.starting:
+                    self.stopping = True
+                    for child in self.children:
+                        child.terminate()
                 raise
 
     def _in_process(self, stage: Stage) -> bool:
@@ -598,17 +663,21 @@ class _Runner:
         threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
         log = self._path(stage, "log")
         with log.open("w", encoding="utf-8") as file:
-            child = subprocess.Popen(
-                words,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
-                # A child that outlives this process keeps others away.
-                pass_fds=(self.lock,),
-            )
-            self.children.add(child)
+            with self.starting:
+                if self.stopping:
+                    raise UserError(f"stage {stage.name}: not started")
+                child = subprocess.Popen(
+                    words,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                    # A child that outlives this process keeps others away.
+                    pass_fds=(self.lock,),
+                )
+                self.children.add(child)
             code = child.wait()
-            self.children.discard(child)
+            with self.starting:
+                self.children.discard(child)
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["done"]
         if code:
             errors = [line for line in lines if line.startswith("error: ")]
@@ -623,8 +692,7 @@ class _Runner:
 
     def key(self, stage: Stage, settings: dict[str, Any]) -> str:
         """What the stage is made from, as a hash; `keys` has those of the stages that it needs."""
-        whole = asdict(_built(stage, settings))
-        kept = {name: value for name, value in whole.items() if name not in WITHOUT_EFFECT}
+        kept = counted(_built(stage, settings))
         lists = (value if isinstance(value, list) else [value] for value in kept.values())
         values = {value for some in lists for value in some if isinstance(value, str)}
         made = {
@@ -751,11 +819,6 @@ class _Inputs:
             self.notes.append(line)
 
 
-# Settings that change how a stage is run, or what is logged, not what comes out.
-WITHOUT_EFFECT = {
-    *("output", "resume", "device", "token_maps", "logging_steps", "report_to", "checkpoints"),
-    *("concurrency", "requests_per_minute", "timeout", "retries", "api_key_env"),
-}
 LARGE = 1 << 26  # bytes; of larger files the size and the time stand for the content
 
 

@@ -41,7 +41,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from cot2align.train.adapters import base_of
@@ -59,6 +58,7 @@ from cot2align.train.models import (
     load_tokenizer,
     one_line,
 )
+from cot2align.train.origin import file_hash, fingerprint, other_files
 from cot2align.train.token_states import (
     TokenStates,
     check_layers,
@@ -72,7 +72,6 @@ INDEX_FILE = "index.json"
 SHELL_FILE = "shell.safetensors"
 FORMAT = 1
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-BLOCK, BLOCKS = 1 << 16, 64  # what a fingerprint reads of a file of weights
 
 
 def teacher_states(
@@ -164,8 +163,8 @@ class TeacherCache:
             for name, value in ours.items()
             if self.facts[name] != value
         ]
-        files = _fingerprint(config.teacher)
-        differences += _other_files(files, self.facts)
+        files = fingerprint(config.teacher)
+        differences += other_files("the teacher", files, self.facts["teacher"], self.facts["files"])
         if not files:
             print(f"teacher {config.teacher} is not here to be compared with its cache", flush=True)
         if config.tokens == "all" and self.facts["tokens"] != "all":
@@ -309,7 +308,9 @@ def _open_output(config: CacheConfig, folder: Path) -> dict[str, Any]:
         # The embedding's states may have been added.
         and not (name == "layers" and sorted({*value, "0"}) == sorted({*index["facts"][name], "0"}))
     ]
-    differences += _other_files(facts["files"], index["facts"])
+    differences += other_files(
+        "the teacher", facts["files"], index["facts"]["teacher"], index["facts"]["files"]
+    )
     if differences:
         raise UserError(f"output {folder} holds another cache: {'; '.join(differences)}")
     kept = []
@@ -335,7 +336,7 @@ def _facts(config: CacheConfig) -> dict[str, Any]:
     layers = dict.fromkeys(_place(layer, depth) for layer in ("last", *config.layers))
     return {
         "teacher": config.teacher,
-        "files": _fingerprint(config.teacher),
+        "files": fingerprint(config.teacher),
         "trust_remote_code": config.trust_remote_code,
         "prompt_format": config.prompt_format,
         "max_length": config.max_length,
@@ -348,41 +349,6 @@ def _facts(config: CacheConfig) -> dict[str, Any]:
         "depth": depth,
         "width": model_config.hidden_size,
     }
-
-
-def _fingerprint(teacher: str) -> dict[str, str]:
-    """File -> hash, of a folder's or a downloaded model's config, tokenizer and weights (of these
-    the size and evenly spaced blocks: training changes all of a file), and of an adapter's base;
-    empty if not on disk."""
-    for name in ("config.json", "adapter_config.json"):
-        try:
-            path = cached_file(teacher, name, local_files_only=True)
-        except OSError:  # Not on this disk.
-            path = None
-        if path is not None:
-            break
-    else:
-        return {}
-    assert path is not None
-    folder = Path(path).parent
-    base = base_of(teacher)
-    weights = sorted(folder.glob("*.safetensors"))
-    others = [folder / name for name in ("config.json", "tokenizer.json")]
-    found = {file.name: _hash(file) for file in others if file.exists()}
-    found |= {file.name: _sampled_hash(file) for file in weights}
-    if base is not None:
-        found |= {f"{name} of the base": value for name, value in _fingerprint(base).items()}
-    return found if weights else {}
-
-
-def _other_files(files: dict[str, str], facts: dict[str, Any]) -> list[str]:
-    if not files:
-        return []
-    return [
-        f"{name} of the teacher is not that of {facts['teacher']}, which was cached"
-        for name in sorted(files.keys() | facts["files"].keys())
-        if files.get(name) != facts["files"].get(name)
-    ]
 
 
 def _texts(config: CacheConfig, tokenizer: Tokenizer) -> dict[str, Text]:
@@ -474,7 +440,7 @@ def _write_shard(
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
-        "sha256": _hash(path),
+        "sha256": file_hash(path),
         "texts": places,
     }
 
@@ -595,7 +561,7 @@ def _fault(folder: Path, shard: dict[str, Any], checksums: bool) -> str | None:
     size = path.stat().st_size
     if size != shard["bytes"]:
         return f"shard {path.name} is truncated: {size} bytes, expected {shard['bytes']}"
-    if checksums and _hash(path) != shard["sha256"]:
+    if checksums and file_hash(path) != shard["sha256"]:
         return f"shard {path.name} is damaged: its checksum differs"
     return None
 
@@ -607,24 +573,6 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sampled_hash(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for i in range(BLOCKS):
-            file.seek(max(0, size - BLOCK) * i // (BLOCKS - 1))
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

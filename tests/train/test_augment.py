@@ -143,6 +143,21 @@ def test_interrupted_and_resumed(settings, capsys) -> None:
     assert [row["id"] for row in written(settings)] == [row["id"] for row in rows(40)]
 
 
+def test_how_a_server_is_asked_does_not_count(settings, refused) -> None:
+    with serve(lambda p, _: Answer(status=500) if number_in(p) else teacher(p)) as loopback:
+        assert cli("augment", server=loopback.url, **{**settings, "retries": 0}) == 2
+    assert len(written(settings)) == 1
+    with serve(teacher) as other:
+        line = refused(server=other.url, resume="true", model="large")
+        assert "made from something else: model is tiny there and large here" in line
+        assert "server_api is chat there" in refused(
+            server=other.url, resume="true", server_api="completions"
+        )
+        changed = {**settings, "concurrency": 1, "timeout": 9, "retries": 3, "batch_size": 3}
+        assert cli("augment", server=other.url, resume="true", **changed) == 0
+        assert len(other.requests) == 39
+
+
 def test_failed_rows_are_left_to_resume_and_refused_ones_are_marked(settings, capsys) -> None:
     def answer(prompt: str, _: int) -> Answer | str:
         status = {3: 500, 7: 400}.get(number_in(prompt), 200)

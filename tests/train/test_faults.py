@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,95 @@ def test_sigterm(long_settings, tmp_path, capsys) -> None:
     assert f"stopped by SIGTERM after step {steps}; --resume continues" in capsys.readouterr().out
     assert (output / f"checkpoint-{steps}" / "trainer_state.json").exists()
     assert_resumes(settings, output, tmp_path / "unbroken")
+
+
+def interrupted_when(ready: Callable[[], bool], command: str, settings: dict) -> None:
+    """Ctrl-C, once something is there, for a command in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cot2align.train", command, *options(device="cpu", **settings)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not ready():
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in error
+
+
+def test_interrupted_distill(long_settings, tmp_path) -> None:
+    assert cli("distill", output=tmp_path / "unbroken", **long_settings) == 0
+    output = tmp_path / "interrupted"
+
+    def ready() -> bool:
+        return (output / "checkpoint-2" / "trainer_state.json").exists()
+
+    interrupted_when(ready, "distill", {**long_settings, "output": output})
+    assert_resumes(long_settings, output, tmp_path / "unbroken")
+
+
+def test_interrupted_evaluate(workspace, tmp_path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", sample_rows(40))
+    settings = {"model": workspace.teacher, "data": data, "max_length": 256, "seeds": 10}
+    settings |= {"max_new_tokens": 40, "batch_size": 2}
+    assert cli("evaluate", output=tmp_path / "unbroken", **settings) == 0
+    output = tmp_path / "interrupted"
+    predictions = output / "predictions.jsonl"
+
+    def ready() -> bool:
+        return predictions.exists() and predictions.read_bytes().count(b"\n") > 3
+
+    interrupted_when(ready, "evaluate", {**settings, "output": output})
+    finished = predictions.read_bytes()
+    assert 3 < finished.count(b"\n") < 40
+    assert not (output / "results.json").exists()
+    assert cli("evaluate", output=output, resume="true", **settings) == 0
+    assert sorted(predictions.read_bytes().splitlines()) >= sorted(finished.splitlines())
+    for name in ("predictions.jsonl", "results.json"):
+        assert (output / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_interrupted_cache(workspace, tmp_path, monkeypatch) -> None:
+    # Texts enough for two files, of which the first is done.
+    data = write_rows(tmp_path / "rows.jsonl", sample_rows(700))
+    settings = {"teacher": workspace.teacher, "train": data, "max_length": 256, "shard_size": 1}
+    settings |= {"max_prompt_length": 160, "batch_size": 4, "cache_dtype": "float32"}
+    output = tmp_path / "interrupted"
+    first = output / "states-00000.safetensors"
+
+    interrupted_when(first.exists, "cache", {**settings, "output": output})
+    finished = first.read_bytes()
+    assert cli("cache", output=output, resume="true", **settings) == 0
+    assert first.read_bytes() == finished
+    assert cli("cache", output=tmp_path / "unbroken", **settings) == 0
+    names = {path.name for path in output.iterdir()}
+    assert names == {path.name for path in (tmp_path / "unbroken").iterdir()}
+    for file in output.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "unbroken" / file.name).read_bytes(), file
+
+
+def test_interrupt_while_libraries_are_imported() -> None:
+    """Where an exception would leave half-made modules behind, and come out as any other."""
+    process = subprocess.Popen(
+        [sys.executable, "-v", "-m", "cot2align.train", "evaluate", *options(model="m", data="d"),
+         *options(output="o")],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr
+    for line in process.stderr:
+        if "import 'torch._C'" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    lines = process.communicate()[1].splitlines()
+    assert process.returncode == 130
+    assert lines[-1] == "interrupted"
 
 
 # The student has 0.2 MB of weights, its optimizer twice that.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,62 @@ def test_augment_refuses_the_file_of_another_run(augment_settings, tmp_path, cap
     other = write_rows(tmp_path / "other.jsonl", [{**sample_rows(1)[0], "id": "elsewhere"}])
     assert cli("augment", output=other, resume="true", **augment_settings) == 2
     assert "other.jsonl:1: row 'elsewhere'" in capsys.readouterr().err
+
+
+def test_augment_does_not_mix_two_settings(augment_settings, workspace, tmp_path, capsys) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(workspace.teacher, copy)
+    output = tmp_path / "out.jsonl"
+    settings = {**augment_settings, "output": output, "max_new_tokens": 4, "batch_size": 20}
+    settings |= {"model": copy}
+    assert cli("augment", **settings) == 0
+    whole = output.read_bytes()
+    # As a kill leaves it.
+    output.write_bytes(whole[: whole.index(b"\n") + 1])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def refused(**changed: object) -> str:
+        capsys.readouterr()
+        assert cli("augment", **settings, **{"resume": "true"} | changed) == 2
+        now = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        assert now == before
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    def refused_with(**changed: object) -> str:
+        kept = {name: settings.pop(name) for name in changed if name in settings}
+        line = refused(**changed)
+        settings.update(kept)
+        return line
+
+    for name, there, here in (
+        ("seed", 10, 11),
+        ("temperature", "1.0", 0.5),
+        ("prompt_format", "paper", "raw"),
+        ("max_new_tokens", 4, 5),
+        ("check_answer", "off", "exact"),
+        ("dtype", "auto", "bfloat16"),
+    ):
+        line = refused_with(**{name: here})
+        assert f"out.jsonl is made from something else: {name} is {there} there and {here}" in line
+    assert "server is false there and true here" in refused_with(server="http://127.0.0.1:9")
+    rows = Path(settings["data"]).read_text().splitlines(keepends=True)
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text("".join(rows) + rows[-1].replace("row-39", "row-40"))
+    before[longer] = longer.read_bytes()
+    assert "made from something else: the rows data are others" in refused_with(data=longer)
+    assert "model.safetensors of the model is not that of" in refused_with(model=workspace.student)
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert "model.safetensors of the model is not that of" in refused()
+    (copy / "model.safetensors").write_bytes(weights)
+    # How it is run does not count, nor where the same model lies.
+    settings |= {"batch_size": 8, "model": workspace.teacher}
+    assert cli("augment", resume="true", **settings) == 0
+    assert output.read_bytes().startswith(before[output])
+    assert [row.id for row in read_rows(str(output))] == [f"row-{i}" for i in range(40)]
+    (tmp_path / "out.jsonl.origin.yaml").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert "out.jsonl.origin.yaml, which says what it is made from, is missing" in refused()
 
 
 def test_augment_only_rows_with_an_input(augment_settings, tmp_path) -> None:
@@ -201,8 +258,27 @@ def test_evaluate(workspace, tmp_path) -> None:
     assert resumed == results
     kept = (output / "predictions.jsonl").read_text().split("\n")[:-1]
     assert (kept[0], kept[1:]) == (torn[0], lines[1:])
-    with pytest.raises(UserError, match="evaluation with other settings"):
-        run(build(EvaluateConfig, {**settings, "device": "cpu", "resume": True, "seeds": [10]}))
+    again = {**settings, "device": "cpu", "resume": True}
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    for changed, said in (
+        ({"seeds": [10]}, r"seeds is \[10, 20\] there and \[10\] here"),
+        ({"model": workspace.teacher}, "model.safetensors of the model is not that of"),
+        ({"prompt_format": "raw", "max_new_tokens": 8}, "prompt_format is paper .*; max_new_tok"),
+        ({"data": workspace.test}, "the rows test are others; the rows train are others"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run(build(EvaluateConfig, again | changed))
+        assert {path: path.read_bytes() for path in output.iterdir()} == before
+    assert run(build(EvaluateConfig, again | {"batch_size": 3})) == results
+    (output / "origin.yaml").unlink()
+    with pytest.raises(UserError, match=r"origin\.yaml, which says what it is made from, is miss"):
+        run(build(EvaluateConfig, again))
+
+
+def test_evaluate_with_a_model_that_is_none_leaves_nothing(workspace, tmp_path) -> None:
+    settings = {"data": workspace.test, "output": tmp_path / "scores"}
+    assert cli("evaluate", model="/nowhere", **settings) == 2
+    assert not (tmp_path / "scores").exists()
 
 
 def test_evaluate_on_several_sets(workspace, tmp_path) -> None:

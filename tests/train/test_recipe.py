@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,6 +159,24 @@ def test_only_some_methods_and_the_teachers_that_they_use(data, tmp_path) -> Non
         ({"rationales": {"temperature": 0}}, "setting 'temperature' must be greater than 0"),
         ({"models": {"large": {"shape": "bert"}}}, "setting 'shape': unknown value 'bert'"),
         ({"data": []}, "section 'data': expected `name: value` lines, got []"),
+        ({"methods": ["uld"]}, "section 'methods': expected `name: value` lines, got ['uld']"),
+        ({"methods": {1: {}}}, "section 'methods': 1 names a folder: expected text of"),
+        ({"methods": {"a": {"teacher": "xyz"}}}, "'methods.a': unknown teacher 'xyz'; known: teac"),
+        ({"methods": {"a": {"teacher": None}}}, "'methods.a': teacher: expected text, got None"),
+        ({"methods": {"a": {"title": ["x"]}}}, "'methods.a': title: expected text, got ['x']"),
+        ({"methods": {"a": {"seed": 3}}}, "'methods.a': setting 'seed' is the study's own"),
+        ({"common": {"output": "x"}}, "section 'common': setting 'output' is the study's own"),
+        ({"teachers": {"t": {"model": ["large"]}}}, "'teachers.t': model: expected text, got ['l"),
+        ({"teachers": {"t": {"model": "larg"}}}, "unknown model 'larg'; did you mean 'large'?"),
+        ({"teachers": {"t": {"model": "/no/where"}}}, "'teachers.t': model: no folder /no/where"),
+        ({"students": {"student": "a/b/c"}}, "section 'students': student: no folder a/b/c"),
+        ({"tune": {"learning_rat": [1]}}, "section 'tune': unknown setting 'learning_rat'; did"),
+        ({"tune": {"learning_rate": []}}, "one setting with a list of values, got an empty one"),
+        ({"evaluate": {"on": None}}, "setting 'on': expected list of text, got None"),
+        ({"judge": {"against": "uld", "modell": "x"}}, "section 'judge': unknown setting 'modell'"),
+        ({"launcher": " "}, "setting 'launcher': no program ''"),
+        ({"jobs": 0}, "setting 'jobs' must be at least 1, got 0"),
+        ({"evalute": {}}, "unknown setting 'evalute'; did you mean 'evaluate'?"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(
@@ -171,6 +190,93 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(
     assert error.count("\n") == 1
     assert said in error
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "setting 'output' is missing (folder of the study"),
+        ("# nothing\n", "setting 'output' is missing (folder of the study"),
+        ("- a\n", "expected `name: value` lines, got a list"),
+        (
+            "output: o\nevaluate:\n\tprompts: [cot]\n",
+            "line 3 not valid YAML: found character '\\t'",
+        ),
+        ("output: o\nseeds: [1]\noutput: p\n", "line 3 not valid YAML: 'output' is given twice"),
+        ("methods:\n  a: {kd: uld, kd: dskd}\n", "line 2 not valid YAML: 'kd' is given twice"),
+        ("methods:\n  a: {}\n  a: {}\n", "line 3 not valid YAML: 'a' is given twice"),
+        ("output: o\n---\noutput: p\n", "line 2 not valid YAML: but found another document"),
+        ("base: [a]\n", "'base': expected a file, got ['a']"),
+        ("base: nowhere.yaml\n", "nowhere.yaml: No such file"),
+        ("base: recipe.yaml\n", "recipe.yaml has a base of its own"),
+        ("output: !!python/name:os.system ''\n", "could not determine a constructor for the tag"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(content, said, tmp_path, capsys) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    assert cli("run", config=path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_name_may_stand_again_where_it_is_merged(tmp_path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "output: o\nmethods:\n  a: &a {kd: uld, alpha: 0.1}\n"
+        "  b: &b {<<: *a, kd: dskd}\n  c: {<<: *b, alpha: 0.2}\n"
+    )
+    methods = from_sources(RecipeConfig, str(tmp_path / "r.yaml"), {}).methods
+    assert methods["b"] == {"kd": "dskd", "alpha": 0.1}
+    assert methods["c"] == {"kd": "dskd", "alpha": 0.2}
+
+
+def test_broken_rows_are_found_before_anything_runs(data, tmp_path, capsys) -> None:
+    broken = tmp_path / "test.jsonl"
+    broken.write_text('{"instr')
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe({**data, "test": str(broken)}, tmp_path / "study")))
+    assert cli("run", config=path) == 2
+    assert f"error: {broken}:1: broken JSON" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_interrupted_study_goes_on(jobs, data, tmp_path) -> None:
+    """Ctrl-C goes to all processes of a terminal; none of them stays."""
+    study = tmp_path / "study"
+    path = tmp_path / "recipe.yaml"
+    sections = {"methods": {"sft": {"command": "sft"}}, "tune": {}, "jobs": jobs}
+    whole = recipe(data, study, **sections)
+    whole["common"] |= {"max_steps": 10_000, "save_steps": 10}
+    path.write_text(yaml.safe_dump(whole))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cot2align.train", "run", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not [*study.glob("*/**/checkpoint-*/trainer_state.json")]:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    finished = {name: t for name, t in finished_times(study).items() if name.startswith("models")}
+    whole["common"]["max_steps"] = 2
+    path.write_text(yaml.safe_dump(whole))
+    assert cli("run", config=path) == 0
+    assert finished_times(study).items() >= finished.items()
+    assert (study / "report.md").is_file()
 
 
 def test_tuning_needs_validation_rows(data, tmp_path) -> None:

@@ -1,0 +1,138 @@
+"""What an unfinished output is made from: the settings that count, the rows, the model's files.
+
+`augment` and `evaluate` write it beside their output before the first row, and a resumed run that
+would be made from something else is refused: its rows could not be told from those that are there.
+`cache` keeps the same fingerprint of the teacher in its index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils import cached_file
+
+from cot2align.train.adapters import base_of
+from cot2align.train.config import AugmentConfig, EvaluateConfig, UserError, counted
+from cot2align.train.files import write_whole
+
+MODEL_FILES = ("config.json", "tokenizer.json")
+# What else decides on a generated text: end tokens, and the chat template.
+GENERATION_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+BLOCK, BLOCKS = 1 << 16, 64  # what a fingerprint reads of a file of weights
+
+
+def origin(config: AugmentConfig | EvaluateConfig, rows: Mapping[str, str]) -> dict[str, Any]:
+    """{"settings", "model", "files" of the model, "rows"}; rows: the sets' files by name."""
+    settings = counted(config)
+    del settings["model"], settings["data"]
+    in_process = not settings.get("server")
+    files = fingerprint(config.model, (*MODEL_FILES, *GENERATION_FILES)) if in_process else {}
+    hashes = {name: file_hash(Path(path)) for name, path in rows.items()}
+    return {"settings": settings, "model": config.model, "files": files, "rows": hashes}
+
+
+def write_origin(path: Path, made_from: dict[str, Any]) -> None:
+    """Keep it, whole or not at all."""
+    write_whole(path, yaml.safe_dump(made_from, sort_keys=False))
+
+
+def check_origin(path: Path, made_from: dict[str, Any], output: Path) -> None:
+    """Raises UserError that names all in which the origin kept in `path` differs, or where none is
+    kept there."""
+    try:
+        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+        differences = _differences(kept, made_from)
+    except FileNotFoundError:
+        raise UserError(
+            f"{output} cannot be continued: {path.name}, which says what it is made from, is "
+            "missing; choose another output"
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} does not say what {output} is made from; choose another") from None
+    if differences:
+        raise UserError(
+            f"{output} is made from something else: {'; '.join(differences)}; choose another output"
+        )
+
+
+def _differences(kept: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    # A setting that one of them lacks has no effect there, for a reason that is another setting.
+    differences = [
+        f"{name} is {_shown(kept['settings'][name])} there and {_shown(value)} here"
+        for name, value in here["settings"].items()
+        if name in kept["settings"] and kept["settings"][name] != value
+    ]
+    if kept["files"] and here["files"]:
+        differences += other_files("the model", here["files"], kept["model"], kept["files"])
+    elif kept["model"] != here["model"]:
+        differences.append(f"model is {kept['model']} there and {here['model']} here")
+    for name in kept["rows"].keys() | here["rows"].keys():
+        if kept["rows"].get(name) != here["rows"].get(name):
+            differences.append(f"the rows {name} are others")
+    return differences
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def fingerprint(model: str, names: Sequence[str] = MODEL_FILES) -> dict[str, str]:
+    """File -> hash, of a folder's or a downloaded model's files of these names and weights (of
+    these the size and evenly spaced blocks: training changes all of a file), and of an adapter's
+    base; empty if not on disk."""
+    for name in ("config.json", "adapter_config.json"):
+        try:
+            path = cached_file(model, name, local_files_only=True)
+        except OSError:  # Not on this disk.
+            path = None
+        if path is not None:
+            break
+    else:
+        return {}
+    assert path is not None
+    folder = Path(path).parent
+    base = base_of(model)
+    weights = sorted(folder.glob("*.safetensors"))
+    found = {name: file_hash(folder / name) for name in names if (folder / name).exists()}
+    found |= {file.name: _sampled_hash(file) for file in weights}
+    if base is not None:
+        found |= {f"{name} of the base": value for name, value in fingerprint(base, names).items()}
+    return found if weights else {}
+
+
+def other_files(
+    what: str, files: dict[str, str], kept: str, kept_files: dict[str, str]
+) -> list[str]:
+    """A line for each file of `what` that differs from that of the model `kept`; none where the
+    files of one of them were not on the disk to be compared."""
+    if not files or not kept_files:
+        return []
+    return [
+        f"{name} of {what} is not that of {kept}"
+        for name in sorted(files.keys() | kept_files.keys())
+        if files.get(name) != kept_files.get(name)
+    ]
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sampled_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(BLOCKS):
+            file.seek(max(0, size - BLOCK) * i // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
