@@ -53,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_command_line(config_class(argv[0]), f"{PROG} {argv[0]}", argv[1:])
         run_module(argv[0]).run(config)
     except UserError as error:
+        if _while_interrupted(error):
+            return _interrupted()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception as error:
+        if _while_interrupted(error):
+            return _interrupted()
         reason = refused_write(error)
         if reason is None:
             raise
@@ -64,11 +68,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nerror: {file}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted()
     except SystemExit as exit_:  # argparse's --help
         return int(exit_.code or 0)
     return 0
+
+
+def _while_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C led to an error, as where a half-written checkpoint cannot be closed."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def config_class(command: str) -> Any:

@@ -21,6 +21,7 @@ from cot2align.train.config import (
     EvaluateConfig,
     JudgeConfig,
     SFTConfig,
+    UserError,
 )
 from tests.conftest import cli, sample_rows, write_rows
 
@@ -335,6 +336,22 @@ def test_interrupt(workspace, monkeypatch, tmp_path, capsys) -> None:
 
     def interrupted(config: object) -> None:
         signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "run", interrupted)
+    assert cli("sft", model=workspace.student, train=workspace.train, output=tmp_path / "o") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos"), UserError("cannot be written")])
+def test_an_error_that_an_interrupt_led_to(error, workspace, monkeypatch, tmp_path, capsys) -> None:
+    """As torch.save does, which cannot close the file that it was writing."""
+    from cot2align.train import trainer
+
+    def interrupted(config: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise error from None
 
     monkeypatch.setattr(trainer, "run", interrupted)
     assert cli("sft", model=workspace.student, train=workspace.train, output=tmp_path / "o") == 130
