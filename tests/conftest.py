@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import string
 import subprocess
 import sys
@@ -176,6 +177,32 @@ def in_two_processes(*module_words: str) -> None:
     )
     if done.returncode != 0:
         pytest.fail(f"exit code {done.returncode}, workers said:\n{done.stdout}", pytrace=False)
+
+
+def command_process(*words: str) -> subprocess.Popen:
+    """The command line in a process group of its own, where Ctrl-C works as in a terminal: it does
+    not where the tests run in the background."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cot2align.train", *words],
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C: a signal to the whole group. One line, exit code 130, and no process is left."""
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def options(**settings) -> list[str]:

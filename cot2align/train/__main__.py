@@ -108,7 +108,9 @@ def interrupt_ends_process() -> Iterator[None]:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
-    if threading.current_thread() is not threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Ignored: by nohup, or a shell's background job.
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
         return
     previous = signal.signal(signal.SIGINT, leave)

@@ -71,7 +71,7 @@ def _differences(kept: dict[str, Any], here: dict[str, Any]) -> list[str]:
         differences += other_files("the model", here["files"], kept["model"], kept["files"])
     elif kept["model"] != here["model"]:
         differences.append(f"model is {kept['model']} there and {here['model']} here")
-    for name in kept["rows"].keys() | here["rows"].keys():
+    for name in sorted(kept["rows"].keys() | here["rows"].keys()):
         if kept["rows"].get(name) != here["rows"].get(name):
             differences.append(f"the rows {name} are others")
     return differences

@@ -143,10 +143,11 @@ def test_interrupted_and_resumed(settings, capsys) -> None:
     assert [row["id"] for row in written(settings)] == [row["id"] for row in rows(40)]
 
 
-def test_how_a_server_is_asked_does_not_count(settings, refused) -> None:
+def test_how_a_server_is_asked_does_not_count(settings, refused, capsys) -> None:
     with serve(lambda p, _: Answer(status=500) if number_in(p) else teacher(p)) as loopback:
         assert cli("augment", server=loopback.url, **{**settings, "retries": 0}) == 2
     assert len(written(settings)) == 1
+    capsys.readouterr()
     with serve(teacher) as other:
         line = refused(server=other.url, resume="true", model="large")
         assert "made from something else: model is tiny there and large here" in line

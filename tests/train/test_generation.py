@@ -269,7 +269,10 @@ def test_evaluate(workspace, tmp_path) -> None:
         with pytest.raises(UserError, match=said):
             run(build(EvaluateConfig, again | changed))
         assert {path: path.read_bytes() for path in output.iterdir()} == before
-    assert run(build(EvaluateConfig, again | {"batch_size": 3})) == results
+    # How it is run does not count; the loss may differ by rounding.
+    run(build(EvaluateConfig, again | {"batch_size": 3}))
+    predicted = output / "predictions.jsonl"
+    assert predicted.read_bytes() == before[predicted]
     (output / "origin.yaml").unlink()
     with pytest.raises(UserError, match=r"origin\.yaml, which says what it is made from, is miss"):
         run(build(EvaluateConfig, again))

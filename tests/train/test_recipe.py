@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from cot2align.train.config import (
     from_sources,
 )
 from cot2align.train.recipe import best_try, make_plan, run, stage_to_check
-from tests.conftest import cli, sample_rows, write_rows
+from tests.conftest import cli, command_process, interrupt, sample_rows, write_rows
 from tests.train.loopback import serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,33 +249,20 @@ def test_interrupted_study_goes_on(jobs, data, tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     sections = {"methods": {"sft": {"command": "sft"}}, "tune": {}, "jobs": jobs}
     whole = recipe(data, study, **sections)
-    whole["common"] |= {"max_steps": 10_000, "save_steps": 10}
+    whole["common"] |= {"max_steps": 80, "save_steps": 10}
     path.write_text(yaml.safe_dump(whole))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cot2align.train", "run", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = command_process("run", str(path))
     while not [*study.glob("*/**/checkpoint-*/trainer_state.json")]:
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate()[1]
-    assert process.returncode == 130, error
-    assert error.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in error
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    interrupt(process)
     finished = {name: t for name, t in finished_times(study).items() if name.startswith("models")}
-    whole["common"]["max_steps"] = 2
-    path.write_text(yaml.safe_dump(whole))
-    assert cli("run", config=path) == 0
+    assert cli("run", config=path, jobs=1) == 0
     assert finished_times(study).items() >= finished.items()
     assert (study / "report.md").is_file()
+    records = [json.loads(file.read_text()) for file in (study / "stages").glob("*.json")]
+    assert any("continued" in record for record in records)
+    assert not (study / "replaced").exists()
 
 
 def test_tuning_needs_validation_rows(data, tmp_path) -> None:
