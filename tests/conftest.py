@@ -22,6 +22,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# Some tests press Ctrl-C, which a shell's background jobs ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run; `pytest --hypothesis-profile=default` searches for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -180,8 +182,7 @@ def in_two_processes(*module_words: str) -> None:
 
 
 def command_process(*words: str) -> subprocess.Popen:
-    """The command line in a process group of its own, where Ctrl-C works as in a terminal: it does
-    not where the tests run in the background."""
+    """The command line in a process group of its own, for `interrupt`."""
     return subprocess.Popen(
         [sys.executable, "-m", "cot2align.train", *words],
         cwd=Path(__file__).resolve().parents[1],
@@ -190,7 +191,6 @@ def command_process(*words: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
