@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cot2align.train.config import UserError, nearest, parse_command_line
@@ -98,8 +98,7 @@ def run_module(command: str) -> Any:
         return importlib.import_module(f"cot2align.train.{COMMANDS[command][2]}")
 
 
-@contextlib.contextmanager
-def interrupt_ends_process() -> Iterator[None]:
+def interrupt_ends_process() -> contextlib.AbstractContextManager[None]:
     """Ctrl-C while libraries are imported: an exception would leave half-made modules behind, some
     libraries turn it into others, and nothing is open that it would have to close."""
 
@@ -108,16 +107,22 @@ def interrupt_ends_process() -> Iterator[None]:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    # Ignored: by nohup, or a shell's background job.
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # By nohup, or a shell's background job.
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return contextlib.nullcontext() if is_ignored else handled(signal.SIGINT, leave)
+
+
+@contextlib.contextmanager
+def handled(number: int, handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """The handler of a signal, for a while; only the main thread can have one."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, leave)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)
 
 
 def _usage() -> str:

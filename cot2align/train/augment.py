@@ -51,15 +51,14 @@ def run(config: AugmentConfig) -> dict[str, Any]:
     call. Raises UserError.
     """
     rows = read_rows(config.data)
-    files = {"data": config.data}
-    done = _open_output(config, rows, origin(config, files))
+    done = _open_output(config, rows)
     for line in without_effect(config):
         print(line, flush=True)
     asked = [row for row in rows if row.input or not config.only_with_input]
     missing = sum(row.id not in done for row in asked)
     generate = (_by_transformers if config.server is None else _by_server)(config, asked, {*done})
     output = Path(config.output)
-    write_origin(_origin_file(output), origin(config, files))  # of a model that is here by now
+    write_origin(_origin_file(output), _origin(config))  # of a model that is here by now
     write_whole(output, "".join(done.values()))  # without a torn last line
     with (
         output.open("a", encoding="utf-8") as file,
@@ -188,9 +187,11 @@ def _origin_file(output: Path) -> Path:
     return output.with_name(output.name + ".origin.yaml")
 
 
-def _open_output(
-    config: AugmentConfig, rows: list[Row], made_from: dict[str, Any]
-) -> dict[str, str]:
+def _origin(config: AugmentConfig) -> dict[str, Any]:
+    return origin(config, {"data": config.data})
+
+
+def _open_output(config: AugmentConfig, rows: list[Row]) -> dict[str, str]:
     """The lines that the output file holds, by row id."""
     path = Path(config.output)
     if path.is_dir():
@@ -213,5 +214,5 @@ def _open_output(
             )
         done[row.id] = line + "\n"
     if done:
-        check_origin(_origin_file(path), made_from, path)
+        check_origin(_origin_file(path), _origin(config), path)
     return done

@@ -49,6 +49,7 @@ import yaml
 from cot2align.train.__main__ import (
     COMMANDS,
     config_class,
+    handled,
     interrupt_ends_process,
     run_module,
 )
@@ -515,21 +516,13 @@ def kept_evaluation(folder: Path) -> dict[str, Any] | None:
     return entries.get(step, next(reversed(entries.values()), None)) if entries else None
 
 
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def _terminated_like_interrupted() -> contextlib.AbstractContextManager[None]:
     """SIGTERM leaves through the same door as Ctrl-C, which takes the children along."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return handled(signal.SIGTERM, leave)
 
 
 @contextlib.contextmanager
@@ -748,8 +741,10 @@ def stage_to_check(config: RecipeCheck) -> Iterator[tuple[CheckConfig, list[str]
     rationales that are to be written; rows and untrained models are made, in a temporary folder.
     """
     settings = dict(config.settings)
-    study = {name: settings.pop(name) for name in ("output",) if name in settings}
-    recipe = build(RecipeConfig, {**config.recipe, **study})
+    study = dict(config.recipe)
+    if "output" in settings:
+        study["output"] = settings.pop("output")
+    recipe = build(RecipeConfig, study)
     plan = make_plan(recipe)
     stage = _asked(plan, settings.pop("method", None))
     with tempfile.TemporaryDirectory() as folder:
