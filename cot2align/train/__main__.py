@@ -30,7 +30,7 @@ COMMANDS = {
     "distill": ("train a student from a teacher", "config:DistillConfig", "trainer"),
     "evaluate": ("generate for test rows and score", "config:EvaluateConfig", "evaluate"),
     "judge": ("let a language model compare two systems", "config:JudgeConfig", "judge"),
-    "run": ("a whole study from one recipe, to one table", "config:RecipeConfig", "recipe"),
+    "run": ("a whole study from one recipe, to one table", "config:RecipeConfig", "study"),
     "new-model": ("an untrained small model from rows", "config:NewModelConfig", "new_model"),
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),
 }

@@ -61,7 +61,7 @@ from cot2align.train.distiller import build_distiller, one_vocabulary
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.mined import TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.models import Tokenizer, body_states, load_tokenizer, width
-from cot2align.train.recipe import stage_to_check
+from cot2align.train.study import stage_to_check
 from cot2align.train.teacher import TeacherCache
 from cot2align.train.token_states import model_inputs
 from cot2align.train.trainer import DistillTrainer, training_arguments

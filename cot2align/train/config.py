@@ -347,6 +347,13 @@ class RecipeCheck:
     settings: dict[str, str]
 
 
+@dataclass(frozen=True)
+class RecipeList:
+    """`run` of a file that lists recipes."""
+
+    recipes: list[RecipeConfig]
+
+
 @dataclass(kw_only=True)
 class CacheConfig(TextConfig):
     """Write a teacher's states of all texts to disk, for distill --teacher_cache."""
@@ -780,17 +787,45 @@ Config = TypeVar("Config")
 
 def from_sources(cls: type[Config], yaml_path: str | None, overrides: dict[str, str]) -> Config:
     """The config of class `cls` from a YAML file, beaten by command-line texts; a RecipeCheck where
-    `cls` is CheckConfig and the file is a recipe.
+    `cls` is CheckConfig and the file is a recipe, a RecipeList where `cls` is RecipeConfig and the
+    file lists recipes.
 
     Raises UserError for an unreadable file, an unknown name, a wrong type or range, or a missing
     setting.
     """
     given = {} if yaml_path is None else _read_with_base(yaml_path)
+    if yaml_path is not None and "recipes" in given:
+        if issubclass(cls, CheckConfig):
+            raise UserError(f"{yaml_path} is a list of recipes: check one of them")
+        if issubclass(cls, RecipeConfig):
+            return typing.cast(Config, _recipe_list(yaml_path, given, overrides))
     if issubclass(cls, CheckConfig) and "methods" in given:
         _check_names(RecipeConfig, given, f"{yaml_path}: ")
         return typing.cast(Config, RecipeCheck(recipe=given, settings=overrides))
     _check_names(cls, given, f"{yaml_path}: ")
     return build(cls, {**given, **overrides})
+
+
+def _recipe_list(path: str, given: dict[str, Any], overrides: dict[str, str]) -> RecipeList:
+    names = given["recipes"]
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UserError(f"{path}: 'recipes': expected a list of files, got {names!r}")
+    for name in given:
+        if name != "recipes":
+            raise UserError(f"{path} is a list of recipes: setting {name!r} belongs into each")
+    recipes: list[RecipeConfig] = []
+    for name in names:
+        file = Path(path).parent / name
+        own = dict(overrides)
+        if "output" in own:
+            own["output"] = str(Path(own["output"], file.stem))
+        recipe = from_sources(RecipeConfig, str(file), own)
+        if isinstance(recipe, RecipeList):
+            raise UserError(f"{path}: 'recipes': {name} is a list itself")
+        if any(recipe.output == other.output for other in recipes):
+            raise UserError(f"{path}: two of its recipes have the output {recipe.output}")
+        recipes.append(recipe)
+    return RecipeList(recipes)
 
 
 def build(cls: type[Config], values: dict[str, Any]) -> Config:

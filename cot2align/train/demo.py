@@ -37,9 +37,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
     Raises UserError for an output folder that holds something else.
     """
-    from cot2align.train import recipe
+    from cot2align.train import study
 
-    return recipe.run(recipe_of(config))
+    return study.run(recipe_of(config))
 
 
 def recipe_of(config: DemoConfig) -> RecipeConfig:

@@ -110,7 +110,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     None, "shared_prompts": {split: rows whose prompt is also in train}, "settings"}. Raises
     UserError, and then has written nothing.
     """
-    source = _source(config)
+    source = source_of(config)
     _check_output(config.output)
     limit = config.max_prompt_tokens or source.filters.max_prompt_tokens
     encoder = None if limit is None else _encoder(config.tokenizer)
@@ -237,7 +237,8 @@ SOURCES = {
 }
 
 
-def _source(config: PrepareConfig) -> Source:
+def source_of(config: PrepareConfig) -> Source:
+    """Raises UserError for what is neither a data set nor there, and for settings that it lacks."""
     names = [name + "_field" for name in (*PLAIN, "rationale")]
     if config.source in SOURCES:
         changed = [name for name in names if getattr(config, name) != name.removesuffix("_field")]

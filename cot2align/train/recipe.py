@@ -1,4 +1,4 @@
-"""The command `run`: a whole study from one file, to one table.
+"""A study's plan: one recipe, and the stages that it asks for.
 
 A recipe names the data, the teachers, and a student for each method and seed. It is planned as
 stages, each one of the other commands with its settings:
@@ -12,65 +12,27 @@ stages, each one of the other commands with its settings:
     scores/...       evaluate     every teacher and student
     judge/METHOD     judge
 
-Every setting of every stage is checked before the first one starts. A stage's name is its folder;
-`stages/` holds its settings as a YAML file that the command itself takes, and a record of what it
-was made from: its settings, the stages before it and the contents of the files it reads. A stage
-whose record is the same is not run again, one that was interrupted goes on where it was, and one
-that has changed is run anew, with the old folder moved to `replaced/`.
+Every setting of every stage is checked before the first one starts. A stage's name is its folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import hashlib
-import io
-import itertools
-import json
-import math
 import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from cot2align.train.__main__ import COMMANDS, config_class
+from cot2align.train.config import RecipeConfig, UserError, build, merged, nearest
 
-from cot2align.train.__main__ import (
-    COMMANDS,
-    config_class,
-    handled,
-    interrupt_ends_process,
-    run_module,
-)
-from cot2align.train.config import (
-    CheckConfig,
-    RecipeCheck,
-    RecipeConfig,
-    UserError,
-    build,
-    counted,
-    merged,
-    nearest,
-    to_yaml,
-)
-from cot2align.train.files import write_whole
-
-RECIPE_FILE = "recipe.yaml"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TRAININGS = ("sft", "distill")
-RESUMABLE = (*TRAININGS, "augment", "evaluate", "judge")
 
 
 @dataclass(frozen=True)
@@ -91,6 +53,13 @@ class Stage:
     def slug(self) -> str:
         return self.name.replace("/", "-")
 
+    def config(self, settings: dict[str, Any]) -> Any:
+        """Its command's config from these settings. Raises UserError, naming the stage."""
+        try:
+            return build(config_class(self.command), settings)
+        except UserError as error:
+            raise UserError(f"stage {self.name}: {error}") from None
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -107,21 +76,6 @@ class Plan:
     scores: dict[str, dict[int | None, Stage]]
     trainings: dict[str, dict[int | None, Stage]]
     jobs: int
-
-
-def run(config: RecipeConfig) -> dict[str, Any]:
-    """Run what is not finished, then write the report; returns `report.collect`'s results.
-
-    Raises UserError.
-    """
-    with interrupt_ends_process():
-        from cot2align.train import report
-
-    plan = make_plan(config)
-    with _locked(plan.folder) as lock, _terminated_like_interrupted():
-        write_whole(plan.folder / RECIPE_FILE, to_yaml(config))
-        _Runner(plan, config, lock).run()
-        return report.write(plan)
 
 
 def make_plan(config: RecipeConfig) -> Plan:
@@ -178,7 +132,7 @@ class _Planner:
         stage = Stage(name, command, merged(shared, settings), needs, **tuning)
         if any(other.name == name for other in self.stages):
             raise UserError(f"stage {name} would come twice: are two seeds or values the same?")
-        _built(stage, stage.settings)
+        stage.config(stage.settings)
         self.stages.append(stage)
         return stage
 
@@ -189,7 +143,13 @@ class _Planner:
         """The files train, validation (where there is one) and test, and what makes them."""
         given = self.config.data
         if "source" in given:
-            self.add("data", "prepare", given | {"output": self.path("data")}, ())
+            from cot2align.train.prepare import source_of
+
+            stage = self.add("data", "prepare", given | {"output": self.path("data")}, ())
+            try:
+                source_of(stage.config(stage.settings))
+            except UserError as error:
+                raise UserError(f"section 'data': {error}") from None
             splits = [n for n in SPLITS if given.get(f"{n}_rows") != 0]
             return {name: self.path("data", f"{name}.jsonl") for name in splits}, ("data",)
         for name in given:
@@ -264,7 +224,7 @@ class _Planner:
         settings = {"data": data["test"], **self.config.evaluate}
         settings |= {"model": model, "output": self.path("scores", name)}
         stage = self.add(f"scores/{name}", "evaluate", settings, needs)
-        for each in _built(stage, stage.settings).on:
+        for each in stage.config(stage.settings).on:
             file = Path(settings["data"], each, "test.jsonl")
             if not file.is_file():
                 raise UserError(f"section 'evaluate': on: no file {file}")
@@ -343,7 +303,7 @@ class _Planner:
             raise UserError(f"section 'judge': the environment has no variable {variable}")
         first = self.config.seeds[0]
         other = self.scores[against][first]
-        evaluated = _built(other, other.settings)
+        evaluated = other.config(other.settings)
         asked, made = settings.get("prompt", "standard"), evaluated.prompts
         if asked not in made:
             raise UserError(
@@ -464,32 +424,7 @@ def _check_rows(path: str) -> None:
     read_rows(path)
 
 
-def best_try(folder: Path, tries: Sequence[str]) -> str:
-    """The name of the try with the least cross entropy on the validation rows at its end."""
-    losses = {name: (kept_evaluation(folder / name) or {}).get("eval_ce") for name in tries}
-    finite = {n: loss for n, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    if not finite:
-        raise UserError(f"no try of {', '.join(tries)} has a finite validation loss")
-    return min(finite, key=finite.__getitem__)
-
-
 STAGE_COMMANDS = [command for command in COMMANDS if command not in ("run", "demo")]
-
-
-def _built(stage: Stage, settings: dict[str, Any]) -> Any:
-    try:
-        return build(config_class(stage.command), settings)
-    except UserError as error:
-        raise UserError(f"stage {stage.name}: {error}") from None
-
-
-def run_stage(stage: Stage, settings: dict[str, Any]) -> None:
-    """Run its command in this process. Raises UserError, naming the stage."""
-    config = _built(stage, settings)
-    try:
-        run_module(stage.command).run(config)
-    except UserError as error:
-        raise UserError(f"stage {stage.name}: {error}") from None
 
 
 def _known(command: str) -> set[str]:
@@ -502,329 +437,3 @@ def _shared(students: dict[str, Any], command: str) -> dict[str, Any]:
     if command == "sft" and "student" in settings:
         settings["model"] = settings.pop("student")
     return {name: value for name, value in settings.items() if name in _known(command)}
-
-
-def kept_evaluation(folder: Path) -> dict[str, Any] | None:
-    """The evaluation of the weights that a training ended with: the best or the last one."""
-    from cot2align.train.callbacks import METRICS_FILE
-    from cot2align.train.checkpoint import BEST_FILE
-
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    entries = {entry["step"]: entry for line in lines if "eval_ce" in (entry := json.loads(line))}
-    best = folder / BEST_FILE
-    step = json.loads(best.read_text(encoding="utf-8"))["step"] if best.is_file() else None
-    return entries.get(step, next(reversed(entries.values()), None)) if entries else None
-
-
-def _terminated_like_interrupted() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM leaves through the same door as Ctrl-C, which takes the children along."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    return handled(signal.SIGTERM, leave)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """The study's folder, new, empty or a study already, for this process and its children alone;
-    the lock's file descriptor, which they inherit."""
-    import fcntl
-
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file, expected a folder")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if there - {"stages", f"{RECIPE_FILE}.partial"} and RECIPE_FILE not in there:
-        raise UserError(f"output folder {folder} is not empty and holds no study; choose another")
-    (folder / "stages").mkdir(parents=True, exist_ok=True)
-    with (folder / "stages" / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is at work on {folder}") from None
-        yield lock.fileno()
-
-
-class _Runner:
-    """Runs a plan's stages, one after the other or several at a time."""
-
-    def __init__(self, plan: Plan, config: RecipeConfig, lock: int):
-        self.plan = plan
-        self.config = config
-        self.lock = lock
-        self.keys: dict[str, str] = {}
-        self.hashes: dict[str, str] = {}
-        self.children: set[subprocess.Popen] = set()
-        self.stopping = False
-        self.starting = threading.Lock()  # of children and stopping
-        self.begin = time.perf_counter()
-
-    def run(self) -> None:
-        waiting = list(self.plan.stages)
-        finished: set[str] = set()
-        running: dict[Future, Stage] = {}
-        with ThreadPoolExecutor(self.config.jobs) as pool:
-            try:
-                while waiting or running:
-                    ready = [s for s in waiting if finished.issuperset(s.needs)]
-                    for stage in ready[: self.config.jobs - len(running)]:
-                        waiting.remove(stage)
-                        work = self._start(stage, len(finished) + len(running) + 1)
-                        if work is None:
-                            finished.add(stage.name)
-                        elif self._in_process(stage):
-                            work()
-                            finished.add(stage.name)
-                        else:
-                            running[pool.submit(work)] = stage
-                    if running:
-                        done, _ = wait(running, return_when=FIRST_COMPLETED)
-                        for future in done:
-                            future.result()
-                            finished.add(running.pop(future).name)
-            except BaseException:
-                with self.starting:
-                    self.stopping = True
-                    for child in self.children:
-                        child.terminate()
-                raise
-
-    def _in_process(self, stage: Stage) -> bool:
-        return self.config.jobs == 1 and not self._launcher(stage)
-
-    def _launcher(self, stage: Stage) -> list[str]:
-        return shlex.split(self.config.launcher or "") if stage.command in TRAININGS else []
-
-    def _start(self, stage: Stage, number: int) -> Any:
-        """What there is to do for a stage, or None where it is finished."""
-        settings = dict(stage.settings)
-        if stage.tries:
-            settings[stage.tuned] = read_settings(
-                self.plan.folder, best_try(self.plan.folder, stage.tries)
-            )[stage.tuned]
-        path = self._path(stage, "yaml")
-        key = self.key(stage, settings)
-        self.keys[stage.name] = key
-        elapsed = time.perf_counter() - self.begin
-        head = f"[{number}/{len(self.plan.stages)}] {stage.name}"
-        output = Path(settings["output"])
-        if self.is_finished(stage, key):
-            print(f"{head}: finished before", flush=True)
-            return None
-        record = read_record(self.plan.folder, stage)
-        goes_on = output.exists() and record.get("key") == key
-        if output.exists():
-            self._make_room(stage, output, same=goes_on)
-        print(f"{head}: {stage.command} ({elapsed:.0f} s elapsed)", flush=True)
-        write_whole(path, yaml.safe_dump(settings, sort_keys=False))
-        # The time of what is continued is not known.
-        fresh = {"key": key} | ({"continued": True} if goes_on else {})
-        self._record(stage, fresh)
-
-        def work() -> None:
-            start = time.perf_counter()
-            if self._in_process(stage):
-                self._call(stage, settings)
-            else:
-                self._spawn(stage, path)
-            self._record(stage, fresh | {"seconds": round(time.perf_counter() - start, 1)})
-
-        return work
-
-    def _make_room(self, stage: Stage, output: Path, *, same: bool) -> None:
-        """Before a stage is run: move another run's output away, delete an unfinished one that
-        cannot be continued."""
-        target = output.parent if stage.command == "augment" else output
-        if not same:
-            replaced = self.plan.folder / "replaced"
-            replaced.mkdir(exist_ok=True)
-            names = (replaced / f"{stage.slug}.{number}" for number in itertools.count(1))
-            moved = next(path for path in names if not path.exists())
-            os.replace(target, moved)
-            print(f"{stage.name} has changed; the old one is now {moved}", flush=True)
-        elif stage.command not in RESUMABLE:
-            shutil.rmtree(target)
-
-    def _call(self, stage: Stage, settings: dict[str, Any]) -> None:
-        resume = {"resume": True} if stage.command in RESUMABLE else {}
-        run_stage(stage, settings | resume)
-
-    def _spawn(self, stage: Stage, path: Path) -> None:
-        words = [*(self._launcher(stage) or [sys.executable]), "-m", "cot2align.train"]
-        words += [stage.command, "--config", str(path)]
-        words += ["--resume"] if stage.command in RESUMABLE else []
-        threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
-        log = self._path(stage, "log")
-        with log.open("w", encoding="utf-8") as file:
-            with self.starting:
-                if self.stopping:
-                    raise UserError(f"stage {stage.name}: not started")
-                child = subprocess.Popen(
-                    words,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env={"OMP_NUM_THREADS": str(threads), **os.environ},
-                    # A child that outlives this process keeps others away.
-                    pass_fds=(self.lock,),
-                )
-                self.children.add(child)
-            code = child.wait()
-            with self.starting:
-                self.children.discard(child)
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["done"]
-        if code:
-            errors = [line for line in lines if line.startswith("error: ")]
-            reason = (errors or lines)[-1].removeprefix("error: ")
-            raise UserError(f"stage {stage.name}: exit code {code}: {reason} (see {log})")
-        print(f"{stage.name}: {lines[-1]}", flush=True)
-
-    def is_finished(self, stage: Stage, key: str) -> bool:
-        record = read_record(self.plan.folder, stage)
-        is_there = Path(stage.settings["output"]).exists()
-        return record.get("key") == key and "seconds" in record and is_there
-
-    def key(self, stage: Stage, settings: dict[str, Any]) -> str:
-        """What the stage is made from, as a hash; `keys` has those of the stages that it needs."""
-        kept = counted(_built(stage, settings))
-        lists = (value if isinstance(value, list) else [value] for value in kept.values())
-        values = {value for some in lists for value in some if isinstance(value, str)}
-        made = {
-            "command": stage.command,
-            "settings": {name: self._inside(value) for name, value in kept.items()},
-            "needs": [self.keys[name] for name in stage.needs],
-            "files": {v: self._hash(v) for v in sorted(values) if self._is_outside(v)},
-        }
-        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _inside(self, value: Any) -> Any:
-        """A path in the study's folder, from there: the folder may be moved."""
-        folder = self.plan.folder
-        is_ours = isinstance(value, str) and folder in Path(value).parents
-        return str(Path(value).relative_to(folder)) if is_ours else value
-
-    def _is_outside(self, value: str) -> bool:
-        path = Path(value)
-        inside = self.plan.folder.resolve() in path.resolve().parents
-        return path.exists() and not inside
-
-    def _hash(self, value: str) -> str:
-        if value not in self.hashes:
-            self.hashes[value] = _content_hash(Path(value))
-        return self.hashes[value]
-
-    def _path(self, stage: Stage, ending: str) -> Path:
-        return self.plan.folder / "stages" / f"{stage.slug}.{ending}"
-
-    def _record(self, stage: Stage, record: dict[str, Any]) -> None:
-        write_whole(self._path(stage, "json"), json.dumps(record) + "\n")
-
-
-def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
-    """{"key", "seconds", "continued"} of a stage that is finished; "seconds" is missing of one that
-    is not, "continued" is true of one that was interrupted and went on."""
-    path = folder / "stages" / f"{stage.slug}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """The settings that a stage was run with, also what was chosen for it by tries."""
-    path = folder / "stages" / f"{name.replace('/', '-')}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def stage_to_check(config: RecipeCheck) -> Iterator[tuple[CheckConfig, list[str]]]:
-    """The config of a method's first training, with inputs that are there, and notes on those that
-    stand for what stages before it have not made yet. Raises UserError.
-
-    A model that is to be trained has the shape that it begins with; rows come without the
-    rationales that are to be written; rows and untrained models are made, in a temporary folder.
-    """
-    settings = dict(config.settings)
-    study = dict(config.recipe)
-    if "output" in settings:
-        study["output"] = settings.pop("output")
-    recipe = build(RecipeConfig, study)
-    plan = make_plan(recipe)
-    stage = _asked(plan, settings.pop("method", None))
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = _Inputs(plan, recipe, Path(folder))
-        values = {**stage.settings, **settings}
-        for name in ("student", "teacher", "model", "train"):
-            if name in values:
-                values[name] = inputs.of(values[name])
-        yield build(CheckConfig, values), [f"stage {stage.name} ({stage.command})", *inputs.notes]
-
-
-def _asked(plan: Plan, name: str | None) -> Stage:
-    """The first training of a teacher or method; none: of the first method that distils."""
-    first = {name: next(iter(by_seed.values())) for name, by_seed in plan.trainings.items()}
-    if name is not None:
-        if name not in first:
-            raise UserError(f"setting 'method': nothing trains {name!r}{nearest(name, first)}")
-        return first[name]
-    students = [stage for stage in first.values() if stage.name.startswith("students/")]
-    return next((stage for stage in students if stage.command == "distill"), students[0])
-
-
-class _Inputs:
-    """A plan's files and folders, or what stands for them; notes say which that are."""
-
-    def __init__(self, plan: Plan, config: RecipeConfig, folder: Path):
-        self.runner = _Runner(plan, config, lock=-1)
-        self.stages = {stage.name: stage for stage in plan.stages}
-        self.makers = {stage.settings["output"]: stage for stage in plan.stages}
-        self.folder = folder
-        self.notes: list[str] = []
-
-    def of(self, path: str) -> str:
-        stage = self.makers.get(path) or self.makers.get(str(Path(path).parent))
-        if stage is None or self.is_made(stage):
-            return path
-        if stage.command in TRAININGS:
-            model = stage.settings["model" if stage.command == "sft" else "student"]
-            self.note(f"{stage.name} is not trained yet: {model} in its place, of its shape")
-            return self.of(model)
-        if stage.command == "augment":
-            data = stage.settings["data"]
-            self.note(f"{stage.name} are not written yet: the rows of {data} as they are")
-            return self.of(data)
-        return self.made(stage, path)
-
-    def is_made(self, stage: Stage) -> bool:
-        # All of them: a key is made of those before it.
-        before = [self.is_made(self.stages[name]) for name in stage.needs]
-        key = self.runner.keys[stage.name] = self.runner.key(stage, stage.settings)
-        return all(before) and self.runner.is_finished(stage, key)
-
-    def made(self, stage: Stage, path: str) -> str:
-        """`path`, which is or is in the stage's output, in the temporary folder."""
-        output = self.folder / stage.name
-        if not output.exists():
-            self.note(f"{stage.name} is not made yet: made in a temporary folder")
-            settings = {**stage.settings, "output": str(output)}
-            if stage.command == "new-model":
-                settings["data"] = self.of(settings["data"])
-            with contextlib.redirect_stdout(io.StringIO()):
-                run_stage(stage, settings)
-        return str(output / Path(path).relative_to(stage.settings["output"]))
-
-    def note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
-
-
-LARGE = 1 << 26  # bytes; of larger files the size and the time stand for the content
-
-
-def _content_hash(path: Path) -> str:
-    total = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        state = file.stat()
-        total.update(str(file.relative_to(path)).encode() + b"\0")
-        if state.st_size > LARGE:
-            total.update(f"{state.st_size} {state.st_mtime_ns}".encode())
-        else:
-            total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()

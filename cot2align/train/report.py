@@ -26,7 +26,8 @@ from cot2align.train.callbacks import METRICS_FILE
 from cot2align.train.config import CONFIG_FILE, PROMPTS
 from cot2align.train.evaluate import RESULTS_FILE
 from cot2align.train.files import write_whole
-from cot2align.train.recipe import RECIPE_FILE, Plan, kept_evaluation, read_record, read_settings
+from cot2align.train.recipe import Plan
+from cot2align.train.study import RECIPE_FILE, kept_evaluation, read_record, read_settings
 
 MEASURES = ("loss", "rouge_l", "exact_match", "length", "hit_limit", "repetition")
 SHOWN = {"loss": ("loss", 3), "rouge_l": ("ROUGE-L", 1), "exact_match": ("exact match", 1)}

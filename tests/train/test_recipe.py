@@ -15,6 +15,7 @@ import yaml
 
 from cot2align.train import new_model
 from cot2align.train.config import (
+    CheckConfig,
     NewModelConfig,
     RecipeCheck,
     RecipeConfig,
@@ -22,7 +23,8 @@ from cot2align.train.config import (
     build,
     from_sources,
 )
-from cot2align.train.recipe import best_try, make_plan, run, stage_to_check
+from cot2align.train.recipe import make_plan
+from cot2align.train.study import best_try, run, stage_to_check
 from tests.conftest import cli, command_process, interrupt, sample_rows, write_rows
 from tests.train.loopback import serve
 
@@ -446,6 +448,46 @@ def test_inheritance_is_one_level_deep(tmp_path) -> None:
         from_sources(RecipeConfig, str(tmp_path / "c.yaml"), {})
 
 
+def test_a_list_of_recipes(data, tmp_path) -> None:
+    """One command runs each, after all are checked; --output is the folder of all."""
+
+    def listed(*names, **others) -> str:
+        path = tmp_path / "all.yaml"
+        path.write_text(yaml.safe_dump({"recipes": list(names)} | others))
+        return str(path)
+
+    small = recipe(data, tmp_path / "first", methods={"sft": {"command": "sft"}}, tune={})
+    del small["models"]["large"], small["teachers"]
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(small))
+    (tmp_path / "second.yaml").write_text("base: first.yaml\noutput: elsewhere\nseeds: [3, 4]\n")
+    both = listed("first.yaml", "second.yaml")
+    results = run(from_sources(RecipeConfig, both, {"output": str(tmp_path / "all")}))
+    seeds = [list(each["models"]["sft"]["seeds"]) for each in results.values()]
+    assert list(results) == [str(tmp_path / "all" / name) for name in ("first", "second")]
+    assert seeds == [["10"], ["3", "4"]]
+    assert all(Path(folder, "report.md").is_file() for folder in results)
+
+    other = small | {"data": {"source": "nowhere"}}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(other))
+    (tmp_path / "inner.yaml").write_text("recipes: [first.yaml]\n")
+    for names, others, reason in (
+        (["first.yaml", "second.yaml"], {}, "two of its recipes have the output"),
+        (["first.yaml", "inner.yaml"], {}, "inner.yaml is a list itself"),
+        (["first.yaml"], {"seeds": [1]}, "'seeds' belongs into each"),
+        ([], {}, "expected a list of files"),
+        (["third.yaml"], {}, r"third\.yaml: No such file"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            from_sources(RecipeConfig, listed(*names, **others), {})
+    with pytest.raises(UserError, match="check one of them"):
+        from_sources(CheckConfig, listed("first.yaml"), {})
+    both = listed("first.yaml", "second.yaml")
+    config = from_sources(RecipeConfig, both, {"output": str(tmp_path / "none")})
+    with pytest.raises(UserError, match="source 'nowhere': no such file, nor a data set"):
+        run(config)
+    assert not (tmp_path / "none").exists()
+
+
 # What stands in for the models of the paper: the same architecture, the same kind of tokenizer.
 STAND_INS = {
     "openai-community/gpt2": ("gpt2", "bpe", 380),
@@ -485,9 +527,14 @@ def test_the_recipes_cover_all_methods() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
-def test_small_recipes(path) -> None:
-    stages = make_plan(from_sources(RecipeConfig, str(path), {})).stages
-    assert {"models/new-student", "models/new-teacher", "rationales"} < {s.name for s in stages}
+def test_small_recipes(path, tmp_path, monkeypatch) -> None:
+    config = from_sources(RecipeConfig, str(path), {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "dolly").mkdir(parents=True)
+    (tmp_path / "rows.jsonl").touch()
+    for each in getattr(config, "recipes", [config]):
+        stages = make_plan(each).stages
+        assert {"models/new-student", "models/new-teacher", "rationales"} < {s.name for s in stages}
 
 
 @pytest.mark.parametrize(
