@@ -807,25 +807,25 @@ def from_sources(cls: type[Config], yaml_path: str | None, overrides: dict[str, 
 
 
 def _recipe_list(path: str, given: dict[str, Any], overrides: dict[str, str]) -> RecipeList:
-    names = given["recipes"]
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise UserError(f"{path}: 'recipes': expected a list of files, got {names!r}")
+    files = given["recipes"]
+    if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
+        raise UserError(f"{path}: 'recipes': expected a list of files, got {files!r}")
     for name in given:
         if name != "recipes":
             raise UserError(f"{path} is a list of recipes: setting {name!r} belongs into each")
-    recipes: list[RecipeConfig] = []
-    for name in names:
-        file = Path(path).parent / name
+    recipes: dict[Path, RecipeConfig] = {}
+    for file in files:
         own = dict(overrides)
         if "output" in own:
-            own["output"] = str(Path(own["output"], file.stem))
-        recipe = from_sources(RecipeConfig, str(file), own)
+            own["output"] = str(Path(own["output"], Path(file).stem))
+        recipe = from_sources(RecipeConfig, str(Path(path).parent / file), own)
         if isinstance(recipe, RecipeList):
-            raise UserError(f"{path}: 'recipes': {name} is a list itself")
-        if any(recipe.output == other.output for other in recipes):
+            raise UserError(f"{path}: 'recipes': {file} is a list itself")
+        output = Path(recipe.output).resolve()
+        if output in recipes:
             raise UserError(f"{path}: two of its recipes have the output {recipe.output}")
-        recipes.append(recipe)
-    return RecipeList(recipes)
+        recipes[output] = recipe
+    return RecipeList(list(recipes.values()))
 
 
 def build(cls: type[Config], values: dict[str, Any]) -> Config:

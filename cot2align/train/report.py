@@ -27,7 +27,13 @@ from cot2align.train.config import CONFIG_FILE, PROMPTS
 from cot2align.train.evaluate import RESULTS_FILE
 from cot2align.train.files import write_whole
 from cot2align.train.recipe import Plan
-from cot2align.train.study import RECIPE_FILE, kept_evaluation, read_record, read_settings
+from cot2align.train.study import (
+    RECIPE_FILE,
+    kept_evaluation,
+    read_metrics,
+    read_record,
+    read_settings,
+)
 
 MEASURES = ("loss", "rouge_l", "exact_match", "length", "hit_limit", "repetition")
 SHOWN = {"loss": ("loss", 3), "rouge_l": ("ROUGE-L", 1), "exact_match": ("exact match", 1)}
@@ -85,7 +91,7 @@ def collect(plan: Plan) -> dict[str, Any]:
                 if folder is None
                 else yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")),
                 "tuned": "" if training is None else training.tuned,
-                "seconds": None if record.get("continued") else record.get("seconds"),
+                "seconds": None if folder is None or record.get("continued") else _seconds(folder),
             }
     judged = {}
     for stage in plan.stages:
@@ -216,6 +222,12 @@ def model_card(results: dict[str, Any], name: str, seed: str, settings: dict[str
 def _validation(folder: Path) -> dict[str, float] | None:
     entry = kept_evaluation(folder)
     return entry and {name: value for name, value in entry.items() if name.startswith("eval_")}
+
+
+def _seconds(folder: Path) -> float | None:
+    """Of the training alone: what is around it depends on what a process has imported before."""
+    entries = reversed(read_metrics(folder))
+    return next((entry["train_runtime"] for entry in entries if "train_runtime" in entry), None)
 
 
 def _first(models: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from cot2align.train.config import (
 )
 from cot2align.train.files import write_whole
 from cot2align.train.recipe import TRAININGS, Plan, Stage, make_plan
+from cot2align.train.worker import DONE, free_memory
 
 RECIPE_FILE = "recipe.yaml"
 RESUMABLE = (*TRAININGS, "augment", "evaluate", "judge")
@@ -61,13 +62,22 @@ def run(config: RecipeConfig | RecipeList) -> dict[str, Any]:
 
     if isinstance(config, RecipeList):
         for each in config.recipes:
-            make_plan(each)
+            _check_folder(make_plan(each).folder)
         return {each.output: run(each) for each in config.recipes}
     plan = make_plan(config)
     with _locked(plan.folder) as lock, _terminated_like_interrupted():
         write_whole(plan.folder / RECIPE_FILE, to_yaml(config))
         _Runner(plan, config, lock).run()
         return report.write(plan)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UserError for one that is neither new nor empty nor a study already."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file, expected a folder")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if there - {"stages", f"{RECIPE_FILE}.partial"} and RECIPE_FILE not in there:
+        raise UserError(f"output folder {folder} is not empty and holds no study; choose another")
 
 
 def _terminated_like_interrupted() -> contextlib.AbstractContextManager[None]:
@@ -81,15 +91,11 @@ def _terminated_like_interrupted() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """The study's folder, new, empty or a study already, for this process and its children alone;
-    the lock's file descriptor, which they inherit."""
+    """The study's folder for this process and its children alone; the lock's file descriptor, which
+    they inherit."""
     import fcntl
 
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file, expected a folder")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if there - {"stages", f"{RECIPE_FILE}.partial"} and RECIPE_FILE not in there:
-        raise UserError(f"output folder {folder} is not empty and holds no study; choose another")
+    _check_folder(folder)
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     with (folder / "stages" / "lock").open("w") as lock:
         try:
@@ -99,33 +105,33 @@ def _locked(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-class Keys:
+class _Keys:
     """What stages are made from, as a hash each: settings, inputs, and the stages before them."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.of: dict[str, str] = {}
+        self.by_stage: dict[str, str] = {}
         self.hashes: dict[str, str] = {}
 
     def add(self, stage: Stage, settings: dict[str, Any]) -> str:
-        """The key of a stage, those that it needs first."""
+        """Keep and return the key of a stage; those that it needs have theirs already."""
         kept = counted(stage.config(settings))
         lists = (value if isinstance(value, list) else [value] for value in kept.values())
         values = {value for some in lists for value in some if isinstance(value, str)}
         made = {
             "command": stage.command,
             "settings": {name: self._inside(value) for name, value in kept.items()},
-            "needs": [self.of[name] for name in stage.needs],
+            "needs": [self.by_stage[name] for name in stage.needs],
             "files": {v: self._hash(v) for v in sorted(values) if self._is_outside(v)},
         }
         key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
-        self.of[stage.name] = key
+        self.by_stage[stage.name] = key
         return key
 
     def is_finished(self, stage: Stage) -> bool:
         record = read_record(self.plan.folder, stage)
         is_there = Path(stage.settings["output"]).exists()
-        return record.get("key") == self.of[stage.name] and "seconds" in record and is_there
+        return record.get("key") == self.by_stage[stage.name] and "seconds" in record and is_there
 
     def _inside(self, value: Any) -> Any:
         """A path in the study's folder, from there: the folder may be moved."""
@@ -168,7 +174,7 @@ class _Runner:
         self.plan = plan
         self.config = config
         self.lock = lock
-        self.keys = Keys(plan)
+        self.keys = _Keys(plan)
         self.idle: list[_Worker] = []
         self.children: set[subprocess.Popen] = set()
         self.stopping = False
@@ -205,13 +211,14 @@ class _Runner:
             yield
         except BaseException:
             with self.starting:
-                self.stopping = True
                 for child in self.children:
                     child.terminate()
             raise
         finally:
-            for worker in self.idle:
-                worker.close()
+            with self.starting:
+                self.stopping = True
+                for worker in self.idle:
+                    worker.close()
             for child in self.children:
                 child.wait()
 
@@ -273,6 +280,7 @@ class _Runner:
     def _call(self, stage: Stage, settings: dict[str, Any]) -> None:
         resume = {"resume": True} if stage.command in RESUMABLE else {}
         run_stage(stage, settings | resume)
+        free_memory()
 
     def _send(self, stage: Stage, path: Path) -> None:
         """Run its command in another process, its output in its log."""
@@ -284,18 +292,29 @@ class _Runner:
                 command = [*launcher, "-m", "cot2align.train", *words]
                 code = self._child(command, stdout=file, stderr=subprocess.STDOUT).wait()
             else:
-                with self.starting:
-                    idle = self.idle.pop() if self.idle else None
-                worker = idle or _Worker(self._child)
+                worker = self._idle_worker() or _Worker(self._child, file)
                 code = worker.run(words, log)
                 if not code:
-                    self.idle.append(worker)
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["done"]
+                    self._give_back(worker)
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = lines or ["it printed nothing"]
         if code:
             errors = [line for line in lines if line.startswith("error: ")]
             reason = (errors or lines)[-1].removeprefix("error: ")
             raise UserError(f"stage {stage.name}: exit code {code}: {reason} (see {log})")
         print(f"{stage.name}: {lines[-1]}", flush=True)
+
+    def _idle_worker(self) -> _Worker | None:
+        with self.starting:
+            # One that waits may die, as of a lack of memory.
+            self.idle = [worker for worker in self.idle if worker.process.poll() is None]
+            return self.idle.pop() if self.idle else None
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self.starting:
+            self.idle.append(worker)
+            if self.stopping:
+                worker.close()
 
     def _child(self, command: list[str], **streams: Any) -> subprocess.Popen:
         threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
@@ -322,9 +341,10 @@ class _Runner:
 class _Worker:
     """A process that runs stages one after the other, since its imports take seconds."""
 
-    def __init__(self, start: Callable[..., subprocess.Popen]):
-        command = [sys.executable, "-m", "cot2align.train.worker"]
-        self.process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, start: Callable[..., subprocess.Popen], log: IO[str]):
+        """log: for what goes wrong before the first stage."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = start([sys.executable, "-m", "cot2align.train.worker"], stderr=log, **pipes)
         self.tasks = cast(IO[str], self.process.stdin)
         self.answers = cast(IO[str], self.process.stdout)
 
@@ -332,7 +352,7 @@ class _Worker:
         """Run a command line, what it prints in `log`; its exit code."""
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"words": words, "log": str(log)}), file=self.tasks, flush=True)
-        return 0 if self.answers.readline() else self.process.wait()
+        return 0 if self.answers.readline() == DONE else self.process.wait() or 1
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -359,14 +379,20 @@ def best_try(folder: Path, tries: Sequence[str]) -> str:
 
 def kept_evaluation(folder: Path) -> dict[str, Any] | None:
     """The evaluation of the weights that a training ended with: the best or the last one."""
-    from cot2align.train.callbacks import METRICS_FILE
     from cot2align.train.checkpoint import BEST_FILE
 
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    entries = {entry["step"]: entry for line in lines if "eval_ce" in (entry := json.loads(line))}
+    entries = {entry["step"]: entry for entry in read_metrics(folder) if "eval_ce" in entry}
     best = folder / BEST_FILE
     step = json.loads(best.read_text(encoding="utf-8"))["step"] if best.is_file() else None
     return entries.get(step, next(reversed(entries.values()), None)) if entries else None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The log of the training in a folder."""
+    from cot2align.train.callbacks import METRICS_FILE
+
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
@@ -421,7 +447,7 @@ class _Inputs:
     """A plan's files and folders, or what stands for them; notes say which that are."""
 
     def __init__(self, plan: Plan, folder: Path):
-        self.keys = Keys(plan)
+        self.keys = _Keys(plan)
         self.stages = {stage.name: stage for stage in plan.stages}
         self.makers = {stage.settings["output"]: stage for stage in plan.stages}
         self.folder = folder

@@ -199,6 +199,8 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         losses = next((entry for entry in reversed(log) if "loss" in entry), {})
         shown = ", ".join(f"{name} {losses[name]:.4g}" for name in SHOWN_PARTS if name in losses)
         print(f"{trainer.state.global_step} steps in {seconds:.1f} s: {shown} -> {config.output}")
+    if trainer.termination.requested:  # After the last step; a study must not go on.
+        raise SystemExit(SIGTERM_EXIT)
     return {
         "output": config.output,
         "steps": trainer.state.global_step,

@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cot2align.train import trainer
 from tests.conftest import (
     cli,
     command_process,
@@ -137,6 +138,22 @@ def test_sigterm(long_settings, tmp_path, capsys) -> None:
     assert f"stopped by SIGTERM after step {steps}; --resume continues" in capsys.readouterr().out
     assert (output / f"checkpoint-{steps}" / "trainer_state.json").exists()
     assert_resumes(settings, output, tmp_path / "unbroken")
+
+
+def test_sigterm_after_the_last_step(distill_settings, workspace, tmp_path, monkeypatch) -> None:
+    """The training is whole and saved; the exit code keeps a study from going on."""
+    evaluate = trainer.DistillTrainer.evaluate
+
+    def terminated(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.DistillTrainer, "evaluate", terminated)
+    settings = {**distill_settings, "eval": workspace.test, "max_steps": 1}
+    assert cli("distill", output=tmp_path / "student", **settings) == 143
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+    monkeypatch.undo()
+    assert cli("distill", output=tmp_path / "student", resume="true", **settings) == 0
 
 
 def interrupted_when(ready: Callable[[], bool], command: str, settings: dict) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from cot2align.train.config import (
     from_sources,
 )
 from cot2align.train.recipe import make_plan
-from cot2align.train.study import best_try, run, stage_to_check
+from cot2align.train.study import _Runner, _Worker, best_try, run, stage_to_check
 from tests.conftest import cli, command_process, interrupt, sample_rows, write_rows
 from tests.train.loopback import serve
 
@@ -370,7 +372,10 @@ def test_check_before_anything_is_made(data, tmp_path, capsys) -> None:
     ):
         assert cli("check", config=path, **settings) == 2
         assert error in capsys.readouterr().err
-    path.write_text(yaml.safe_dump(whole | {"data": {"source": str(tmp_path / "no.csv")}}))
+    path.write_text(yaml.safe_dump(whole | {"data": {"source": str(tmp_path / "rows.csv")}}))
+    assert cli("check", config=path) == 2
+    assert capsys.readouterr().err.startswith("error: section 'data': source ")
+    (tmp_path / "rows.csv").write_text("instruction,output\n")
     assert cli("check", config=path) == 2
     assert capsys.readouterr().err.startswith("error: stage data: ")
 
@@ -419,6 +424,48 @@ def test_killed_and_continued_with_two_jobs(data, tmp_path) -> None:
     name = "models-small.json"
     assert finished_times(study)[name] == before[name]
     assert not (study / "replaced").exists()
+
+
+def test_worker(tmp_path) -> None:
+    """What a command prints is in its own log; an exit code other than 0 ends the process."""
+    with (tmp_path / "start.log").open("w") as file:
+        worker = _Worker(subprocess.Popen, file)
+    for words, code, printed in (
+        (["--help"], 0, "commands:"),
+        (["check", "--help"], 0, "--config FILE"),
+        (["sft", "--nothing", "1"], 2, "error: unknown option --nothing"),
+        (["--help"], 2, ""),
+    ):
+        log = tmp_path / "stage.log"
+        log.write_text("")
+        assert worker.run(words, log) == code
+        assert printed in log.read_text()
+        assert bool(log.read_text()) == bool(printed)
+
+
+def test_workers_of_a_study(data, tmp_path) -> None:
+    """One that died while it waited is not asked again; none waits for work when the study ends."""
+    plan = planned(data, tmp_path / "study")
+    with (tmp_path / "lock").open("w") as lock:
+        runner = _Runner(plan, build(RecipeConfig, recipe(data, tmp_path)), lock.fileno())
+        workers = [_Worker(runner._child, lock) for _ in range(3)]
+        for worker in workers[:2]:
+            runner._give_back(worker)
+        workers[1].process.kill()
+        workers[1].process.wait()
+        assert runner._idle_worker() is workers[0]
+        assert runner._idle_worker() is None
+        runner._give_back(workers[0])
+        with runner._children_end():
+            threading.Timer(0.2, runner._give_back, [workers[2]]).start()
+        assert [worker.process.returncode for worker in workers] == [0, -signal.SIGKILL, 0]
+
+
+def test_a_failing_stage_of_two_jobs(data, tmp_path) -> None:
+    (tmp_path / "rows.csv").write_text("instruction,output\n")
+    source = {"source": str(tmp_path / "rows.csv")}
+    with pytest.raises(UserError, match=r"stage data: exit code 2: .* \(see .*data\.log\)"):
+        run(build(RecipeConfig, recipe(source, tmp_path / "study", jobs=2)))
 
 
 def test_a_folder_in_use_is_refused(data, tmp_path) -> None:
@@ -482,10 +529,19 @@ def test_a_list_of_recipes(data, tmp_path) -> None:
     with pytest.raises(UserError, match="check one of them"):
         from_sources(CheckConfig, listed("first.yaml"), {})
     both = listed("first.yaml", "second.yaml")
-    config = from_sources(RecipeConfig, both, {"output": str(tmp_path / "none")})
+
+    def config_of_both():
+        return from_sources(RecipeConfig, both, {"output": str(tmp_path / "none")})
+
     with pytest.raises(UserError, match="source 'nowhere': no such file, nor a data set"):
-        run(config)
+        run(config_of_both())
     assert not (tmp_path / "none").exists()
+    (tmp_path / "second.yaml").write_text("base: first.yaml\n")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "second").write_text("")
+    with pytest.raises(UserError, match="none/second is a file, expected a folder"):
+        run(config_of_both())
+    assert not (tmp_path / "none" / "first").exists()
 
 
 # What stands in for the models of the paper: the same architecture, the same kind of tokenizer.
