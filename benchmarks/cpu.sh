@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every result of a CPU in the documents: a command a file, each of a few minutes on two quiet cores.
+# Every CSV file and figure of benchmarks/results: a command a file, each of a few minutes on two quiet cores.
 #
 #     bash benchmarks/cpu.sh [STEP...]        STEP: main size problems iterations threads step plot
 #

@@ -121,7 +121,7 @@ def main() -> None:
             start = time.perf_counter()
             step(batch)
             seconds[way] += time.perf_counter() - start
-    print(f"{len(texts)} texts, {sum(lengths) / len(lengths):.0f} tokens in the mean")
+    print(f"{len(texts)} texts, {sum(lengths) / len(lengths):.0f} tokens on average")
     for way, total in seconds.items():
         ratio = seconds["padded to 512"] / total
         print(f"{way:>18}: {sum(lengths) / total:7.0f} tokens/s, {ratio:.2f} times padded to 512")

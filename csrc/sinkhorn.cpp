@@ -9,9 +9,12 @@
 //
 // and backwards through exactly these K iterations, from fbar = W 1, gbar = W^T 1:
 //
-//     x_k = fbar u_k / a     gbar -= v_k (E^T x_k)     y_k = gbar v_k / b     fbar = -u_{k-1} (E
-//     y_k)     gbar = 0 dL/dp = -T + (W - E * sum_k (x_k v_k^T + u_{k-1} y_k^T)) / epsilon dS = p *
-//     (dL/dp - rowsum(p * dL/dp))             dX = scale dS Z        dZ = scale dS^T X
+// clang-format off
+//     x_k = fbar u_k / a     gbar -= v_k (E^T x_k)
+//     y_k = gbar v_k / b     fbar = -u_{k-1} (E y_k)     gbar = 0
+//     dL/dp = -T + (W - E * sum_k (x_k v_k^T + u_{k-1} y_k^T)) / epsilon
+//     dS = p * (dL/dp - rowsum(p * dL/dp))     dX = scale dS Z     dZ = scale dS^T X
+// clang-format on
 //
 // Each iteration, in either direction, reads the matrix once: a row's dot product gives the row's
 // new value, which adds the row to the next column sums at once (`sweep`). Where 1/epsilon is so

@@ -138,7 +138,9 @@ def fused_ot_loss_varlen(
             read from the device, once, where cu_seqlens is there and they are not given. A problem
             that is longer than a given bound has loss NaN.
 
-    Returns the loss, [Q] for `reduction="none"`. Raises as `fused_ot_loss` does.
+    Returns a float32 scalar, [Q] for `reduction="none"` (eq. 9-14 for each pair). Raises ValueError
+    or TypeError as `fused_ot_loss` does; the values of cu_seqlens and pairs are checked on the CPU
+    only, on a device they must be right.
     """
     settings = OTSettings(epsilon, num_iters, tol, grad, backend)
     if reduction not in REDUCTIONS:
@@ -209,11 +211,12 @@ def sinkhorn_plan(
     num_iters: int = 100,
     tol: float = 1e-6,
 ) -> OTPlan:
-    """The transport plan itself, for looking, not for training: computed by the reference, without
-    a gradient.
+    """The transport plan itself (CoT2Align, eq. 9-13), for looking, not for training: computed by
+    the reference, without a gradient.
 
     Arguments as in `fused_ot_loss`. Returns OTPlan(plan [B, N, M], cost [B, N, M], loss [B],
-    num_iters [B], marginal_error [B]), zero where there is no token.
+    num_iters [B], marginal_error [B]), zero where there is no token. Raises ValueError or TypeError
+    as `fused_ot_loss` does.
     """
     settings = OTSettings(epsilon, num_iters, tol)
     _check_tokens(student, teacher, projection, "[B, tokens, width]")
@@ -223,9 +226,11 @@ def sinkhorn_plan(
 
 
 class OTLoss(nn.Module):
-    """`fused_ot_loss` with a projection of its own, a parameter [teacher_dim, student_dim].
+    """`fused_ot_loss` (CoT2Align, eq. 9-14) with a projection of its own, a parameter
+    [teacher_dim, student_dim].
 
-    settings: epsilon, num_iters, tol, grad, reduction and backend of `fused_ot_loss`.
+    settings: epsilon, num_iters, tol, grad, reduction and backend of `fused_ot_loss`. Raises
+    ValueError or TypeError for settings that do not fit.
     """
 
     def __init__(self, student_dim: int, teacher_dim: int, **settings: Any) -> None:
@@ -250,7 +255,8 @@ class OTLoss(nn.Module):
         student_mask: Tensor | None = None,
         teacher_mask: Tensor | None = None,
     ) -> Tensor:
-        """student [B, N, student_dim], teacher [B, M, teacher_dim] -> loss."""
+        """student [B, N, student_dim], teacher [B, M, teacher_dim], masks bool [B, N] and [B, M] ->
+        the loss, a scalar or, for reduction "none", [B]. Raises as `fused_ot_loss` does."""
         return fused_ot_loss(
             student,
             teacher,

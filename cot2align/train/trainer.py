@@ -413,7 +413,7 @@ class DistillTrainer(Trainer):
         return loss if self.config.on_nan == "stop" else loss.nan_to_num(0.0, 0.0, 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; an entry of training gets the parts, meaned over its steps, and the metrics."""
+        """Log; an entry of training gets the parts, averaged over its steps, and the metrics."""
         if "loss" in logs:
             parts = self._drain()
             if self.config.on_nan == "skip":

@@ -2,13 +2,13 @@
 
     L_CST  = L_OT(y, Y) + L_OT(y_CoT, Y_CoT)        same format
     L_CRC  = L_OT(y, Y_CoT) + L_OT(y_CoT, Y)        crossed formats
-    L_CCoT = L_CST + L_CRC, summed over layers, meaned over the rows of the global batch
+    L_CCoT = L_CST + L_CRC, summed over layers, averaged over the rows of the global batch
 
 Lower case is the student. A row without a rationale has L_OT(y, Y) alone. All layers, texts and
 pairs of a batch go through one call of the OT kernel (one call a layer where every layer has its
 own projection): the layers' packed tokens are further segments of the same packing.
 
-The loss value says little (at small lambda it is 1 - 1/M for any input), so each pair's signal is
+The loss value says little (at small lambda it is nearly 1 - 1/M for any input), so each pair's signal is
 reported: ot/signal = 1 - 1/M - L_OT, and ot/relative_signal, its share of what is reachable,
 min(1, N/M) - 1/M.
 """

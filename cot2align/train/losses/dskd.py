@@ -12,8 +12,8 @@ cross-model attention aligns them: a student token asks with the embeddings of i
 target, teacher tokens of the same text answer with theirs,
 
     A = query([e_in ; e_target]) ([E_in ; E_target] / std)^T / sqrt(2 D)
-    z = head_s(softmax_teacher(A) t2s(H / std + E_target / std)),   r = head_t(softmax_student(A^T)
-    s2t(h)),
+    z = head_s(softmax_teacher(A) t2s(H / std + E_target / std))
+    r = head_t(softmax_student(A^T) s2t(h))
 
 and the divergence counts only where z's most probable token is the target. Each std is one number
 per text over its response tokens, so that a text's loss does not depend on its batch.
