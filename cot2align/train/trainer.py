@@ -194,6 +194,10 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     # A process that leaves while another still talks to it makes gloo abort that one.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    if "wandb" in config.report_to and main_process:
+        import wandb
+
+        wandb.finish()  # Or the next training of this process would go on in this one's run.
     log = trainer.state.log_history
     if main_process:
         losses = next((entry for entry in reversed(log) if "loss" in entry), {})
