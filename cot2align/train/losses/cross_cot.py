@@ -8,9 +8,9 @@ Lower case is the student. A row without a rationale has L_OT(y, Y) alone. All l
 pairs of a batch go through one call of the OT kernel (one call a layer where every layer has its
 own projection): the layers' packed tokens are further segments of the same packing.
 
-The loss value says little (at small lambda it is nearly 1 - 1/M for any input), so each pair's signal is
-reported: ot/signal = 1 - 1/M - L_OT, and ot/relative_signal, its share of what is reachable,
-min(1, N/M) - 1/M.
+The loss value says little (at small lambda it is nearly 1 - 1/M for any input), so each pair's
+signal is reported: ot/signal = 1 - 1/M - L_OT, and ot/relative_signal, its share of what is
+reachable, min(1, N/M) - 1/M.
 """
 
 from __future__ import annotations
