@@ -117,7 +117,10 @@ def test_many_refused_prompts_do_not_stop_the_others() -> None:
     assert list(asked.failures.refused) == list(range(11))
 
 
-def test_ten_failures_in_a_row_stop_the_run() -> None:
+# Two at a time: the last success may come after nine failures, which then begin again, and one
+# request is under way at the end.
+@pytest.mark.parametrize(("concurrency", "at_most"), [(1, 15), (2, 5 + 9 + 10 + 1)])
+def test_ten_failures_in_a_row_stop_the_run(concurrency, at_most) -> None:
     def answer(prompt: str, _: int) -> Answer | str:
         return prompt if int(prompt.split()[1]) < 5 else Answer(status=500, raw=b"dead")
 
@@ -125,8 +128,8 @@ def test_ten_failures_in_a_row_stop_the_run() -> None:
         serve(answer) as loopback,
         pytest.raises(UserError, match=r"10 requests in a row failed, the last: 500 .*dead"),
     ):
-        ask(loopback, [f"prompt {i}" for i in range(60)], concurrency=2, retries=0)
-    assert 15 <= len(loopback.requests) <= 17
+        ask(loopback, [f"prompt {i}" for i in range(60)], concurrency=concurrency, retries=0)
+    assert 15 <= len(loopback.requests) <= at_most
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
