@@ -211,6 +211,7 @@ class _Runner:
             yield
         except BaseException:
             with self.starting:
+                self.stopping = True  # none may be started between this and the end
                 for child in self.children:
                     child.terminate()
             raise
