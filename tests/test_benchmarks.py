@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, measure, report, step
+from benchmarks import check, measure, report, step, token_maps
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case
 from benchmarks.ways import WAYS, Way
@@ -152,3 +152,17 @@ def test_check_spares_a_backend_the_sizes_that_it_does_not_take(monkeypatch, cap
         torch.use_deterministic_algorithms(False)
     assert checked == {(3, 4)}
     assert "0 failures" in capsys.readouterr().out
+
+
+def test_token_maps(monkeypatch, tmp_path, capsys):
+    texts = ["def add(first, second): return first + second", "while number < 3: print(number)"]
+    for name, pieces in (("student", 270), ("teacher", 280)):
+        tokenizer = token_maps.trained(texts * 3, pieces)
+        assert len(tokenizer) == pieces
+        tokenizer.save_pretrained(tmp_path / name)
+    arguments = [f"--{name}={tmp_path / name}" for name in ("student", "teacher")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.token_maps", *arguments, "--texts=2"])
+    token_maps.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("map of 279 tokens to 269, 96% of them equal: ")
+    assert lines[1].startswith("2 texts of 256 student tokens: ")
