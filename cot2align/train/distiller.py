@@ -304,7 +304,8 @@ def kd_loss(
         )
     if config.kd == "mined":
         assert aligner is not None
-        return MinED(aligner.student_ids, temperature=config.temperature or 2.0)
+        temperature = config.temperature or 2.0
+        return MinED(aligner.student_ids, temperature=temperature, equal=aligner.equal)
     if config.kd == "uld":
         return partial(uld, temperature=config.temperature or 1.0)
     return None

@@ -54,7 +54,7 @@ def random_token(generator: random.Random, longest: int) -> bytes:
 
 def test_nearest(implementation) -> None:
     generator = random.Random(0)
-    for _ in range(25):
+    for _ in range(70):
         tokens = [random_token(generator, 7) for _ in range(generator.randint(1, 60))]
         queries = [random_token(generator, 9) for _ in range(30)]
         expected = [
@@ -99,7 +99,7 @@ def test_nearest_reports_and_refuses(implementation) -> None:
 
 def test_alignment(implementation) -> None:
     generator = random.Random(3)
-    for _ in range(400):
+    for _ in range(2000):
         x, y = (
             [random_token(generator, 3) for _ in range(generator.randint(1, 12))] for _ in range(2)
         )

@@ -6,12 +6,14 @@
 A token is the bytes that it stands for: byte-level alphabets, SentencePiece's space marker and its
 <0x0A> are read back, so that tokens of any two tokenizers can be compared. The vocabulary map sends
 a teacher's token to the student's equal one, else to the one of least edit distance (of several the
-first id); special tokens only to the special token of the same role. A response's two tokenizations
-are aligned by time warping on edit distances. A student token is aligned if that matches it with
-exactly one teacher token and the map sends this one to it.
+first id); special tokens only to the special token of the same role, and a <0x2E> beside a piece
+"." only to another <0x2E>. A response's two tokenizations are aligned by time warping on edit
+distances. A student token is aligned if that matches it with exactly one teacher token and the map
+sends this one to it.
 
-The moved logit of a student token is that of the first teacher id that is mapped to it; without
-any, its p is 0. Softmaxes are at the temperature, with no factor for it.
+The moved logit of a student token is that of the equal teacher token, without one that of the first
+teacher id that is mapped to it, and without any its p is 0. Softmaxes are at the temperature, with
+no factor for it.
 
 Map and alignments depend on token ids alone: both are computed before training, by compiled code,
 and kept on disk, under the hash of what they were computed from. They are written in pieces, each
@@ -45,6 +47,7 @@ TOKENS_PER_FILE = 8192
 # An id that no token has. Not empty: an empty token is near to every short one.
 NO_TOKEN = b"\xff" * 256
 ROLES = ("eos", "bos", "unk", "pad")
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # The characters that byte-level tokenizers write bytes as.
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
@@ -55,7 +58,9 @@ BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 class Vocabulary:
     """What every token of a tokenizer stands for.
 
-    tokens: bytes by id. roles: id -> the role of a special token, the first of ROLES that it has.
+    tokens: bytes by id. roles: id -> what a token that no text is made of is called: the role of a
+    special token, the first of ROLES that it has; or a spare byte's "<0x2E>", where another piece
+    is that byte.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -65,20 +70,26 @@ class Vocabulary:
         added = tokenizer.get_added_vocab()
         ids = tokenizer.get_vocab()
         self.tokens = [NO_TOKEN] * (max(ids.values()) + 1)
+        spare: dict[int, str] = {}
         for token, token_id in ids.items():
-            literal = token in added
+            # Of the added tokens some are pieces too, such as runs of the space marker.
+            literal = token in added and backend.model.token_to_id(token) is None
             self.tokens[token_id] = token.encode() if literal else _bytes(token, byte_level)
-        self.roles: dict[int, str] = {}
+            if not literal and not byte_level and BYTE.fullmatch(token):
+                spare[token_id] = token
+        pieces = {token for token_id, token in enumerate(self.tokens) if token_id not in spare}
+        self.roles = {i: token for i, token in spare.items() if self.tokens[i] in pieces}
         for role in ROLES:
             token_id = getattr(tokenizer, f"{role}_token_id")
             if token_id is not None and token_id not in self.roles:
                 self.roles[token_id] = role
-                # No text has the byte 0xff: far from every other token, equal to its counterpart.
-                self.tokens[token_id] = b"\xff" + role.encode()
+        for token_id, role in self.roles.items():
+            # No text has the byte 0xff: far from every other token, equal to its counterpart.
+            self.tokens[token_id] = b"\xff" + role.encode()
 
     @property
     def ordinary(self) -> list[int]:
-        """The ids of all tokens without a role."""
+        """The ids of all tokens that texts are made of."""
         return [token_id for token_id in range(len(self.tokens)) if token_id not in self.roles]
 
 
@@ -96,7 +107,8 @@ def shared_tokens(student: Vocabulary, teacher: Vocabulary) -> tuple[list[int], 
 class TokenAligner:
     """The vocabulary map of a pair of tokenizers, and alignments of responses by it.
 
-    student_ids: int64 [V_teacher], -1 for special tokens without a counterpart.
+    student_ids: int64 [V_teacher], -1 for special tokens without a counterpart. equal: bool
+    [V_teacher], whether both tokens stand for the same.
     """
 
     def __init__(
@@ -112,6 +124,8 @@ class TokenAligner:
         self.folder = Path(folder or Path(cache, "cot2align"))
         self.key = self._key()
         self.student_ids = vocabulary_map(self.student, self.teacher, self._keep_map)
+        pairs = zip(self.student_ids.tolist(), self.teacher.tokens, strict=True)
+        self.equal = torch.tensor([i >= 0 and self.student.tokens[i] == t for i, t in pairs])
 
     def __call__(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
         """`align` of every text's response ids, the student's and the teacher's."""
@@ -204,13 +218,16 @@ def _checksum(path: Path, body: bytes) -> bytes:
 
 
 class MinED(nn.Module):
-    """student_ids: the vocabulary map, int64 [V_teacher], -1 for none."""
+    """student_ids: the vocabulary map, int64 [V_teacher], -1 for none. equal: bool [V_teacher], the
+    tokens that go before others with the same student id; None: none does."""
 
-    def __init__(self, student_ids: Tensor, *, temperature: float):
+    def __init__(self, student_ids: Tensor, *, temperature: float, equal: Tensor | None = None):
         super().__init__()
         self.temperature = temperature
-        teacher_ids = torch.arange(len(student_ids))[student_ids >= 0].flip(0)
-        # Of several, the first teacher id is written last.
+        teacher_ids = (student_ids >= 0).nonzero()[:, 0].flip(0)
+        if equal is not None:
+            teacher_ids = teacher_ids[equal[teacher_ids].int().argsort(stable=True)]
+        # Of several, the last one is kept: an equal token, or the first id.
         first = dict(zip(student_ids[teacher_ids].tolist(), teacher_ids.tolist(), strict=True))
         self.reached: Tensor
         self.source: Tensor
@@ -251,6 +268,6 @@ class MinED(nn.Module):
 def _bytes(token: str, byte_level: bool) -> bytes:
     if byte_level and all(character in BYTE_OF for character in token):
         return bytes(BYTE_OF[character] for character in token)
-    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+    if BYTE.fullmatch(token):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
