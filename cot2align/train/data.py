@@ -387,12 +387,14 @@ def encode_rows(
     """Every row's texts for one model or two, and what was cut ("student", "teacher").
 
     texts: "standard", "cot" or "both"; a row without a rationale has no CoT text, and a row with no
-    text left is dropped. same_vocabulary: both tokenizers must give the same response ids (the
-    models are compared position by position). Raises UserError where they do not, or where no row
-    is left. align: [(student's, teacher's response ids)] -> each text's TextPair.alignment.
+    text left is dropped. same_vocabulary: both tokenizers must give the same response ids, but for
+    their end-of-sequence tokens and what was cut (the models are compared position by position).
+    Raises UserError where they do not, or where no row is left. align: [(student's, teacher's
+    response ids)] -> each text's TextPair.alignment.
     """
     pairs: list[list[TextPair]] = [[] for _ in rows]
     cuts: dict[str, list[Cuts]] = {"student": [], "teacher": []}
+    ends = tuple(e.tokenizer.eos_token_id for e in (student, teacher) if e is not None)
     for is_cot in [kind == "cot" for kind in ("standard", "cot") if texts in (kind, "both")]:
         members = [i for i, row in enumerate(rows) if row.rationale or not is_cot]
         chosen = [rows[i] for i in members]
@@ -410,14 +412,14 @@ def encode_rows(
         for index, student_text, teacher_text, alignment in zip(
             members, student_texts, teacher_texts, alignments, strict=True
         ):
-            same_response = teacher_text is None or (
-                student_text.response_ids == teacher_text.response_ids
-            )
-            if same_vocabulary and not same_response:
-                raise UserError(
-                    "student and teacher have one vocabulary, but their tokenizers split the "
-                    f"response of row {rows[index].id!r} differently"
-                )
+            if same_vocabulary and teacher_text is not None:
+                tokens = zip(student_text.response_ids, teacher_text.response_ids, strict=False)
+                if any(ours != theirs and (ours, theirs) != ends for ours, theirs in tokens):
+                    raise UserError(
+                        "student and teacher have one vocabulary, but their tokenizers split the "
+                        f"response of row {rows[index].id!r} differently; kd uld and mined can "
+                        "compare them"
+                    )
             pairs[index].append(TextPair(is_cot, student_text, teacher_text, alignment))
     examples = [
         Example(tuple(row_pairs), row.id)

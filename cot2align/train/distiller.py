@@ -244,8 +244,14 @@ def build_distiller(
             per_layer=config.projection == "per-layer",
             settings=ot_settings(config),
         )
-    same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
-    kd = kd_loss(config, student, teacher, same_tokens=same_tokens, aligner=aligner)
+    kd = kd_loss(
+        config,
+        student,
+        teacher,
+        same_tokens=one_vocabulary(config, student_tokenizer, teacher_tokenizer),
+        ends=(student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id),
+        aligner=aligner,
+    )
     if isinstance(kd, DSKD) and config.t2s_init == "pseudo-inverse":
         ours, theirs = shared_tokens(Vocabulary(student_tokenizer), Vocabulary(teacher_tokenizer))
         kd.start_from_heads(
@@ -278,15 +284,17 @@ def kd_loss(
     teacher: PreTrainedModel,
     *,
     same_tokens: bool,
+    ends: tuple[int, int],
     aligner: TokenAligner | None = None,
 ) -> Callable[[TokenStates, TokenStates], KDLoss] | None:
     """L_KD as the config names it. Raises UserError for models that it cannot take.
 
-    same_tokens: the models are compared at the same tokens, see `one_vocabulary`. aligner: of the
-    two tokenizers, for MinED.
+    same_tokens: the models are compared at the same tokens, see `one_vocabulary`. ends: their
+    end-of-sequence tokens. aligner: of the two tokenizers, for MinED.
     """
     if config.kd == "kl":
-        return partial(kl, divergence=config.divergence, temperature=config.temperature or 2.0)
+        temperature = config.temperature or 2.0
+        return partial(kl, divergence=config.divergence, temperature=temperature, ends=ends)
     if config.kd == "dskd":
         for model in (student, teacher):
             table: Any = model.get_input_embeddings().weight

@@ -13,13 +13,14 @@ are and however many intermediate results the loss has.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cot2align.train.config import UserError
@@ -112,13 +113,35 @@ def packed_states(
     )
 
 
+def shared_positions(*sides: TokenStates) -> list[TokenStates]:
+    """The sides with the response tokens that all of them have by their number: of every text the
+    first ones, as many as the side with the fewest has."""
+    counts = [side.cu_responses.diff() for side in sides]
+    fewest = torch.stack(counts).amin(0)
+    return [
+        side if torch.equal(count, fewest) else _first_tokens(side, fewest)
+        for side, count in zip(sides, counts, strict=True)
+    ]
+
+
+def _first_tokens(side: TokenStates, counts: Tensor) -> TokenStates:
+    ends = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    starts = side.cu_responses[:-1] - ends[:-1]
+    places = torch.arange(int(ends[-1])) + starts.repeat_interleave(counts)
+    places = places.to(side.hidden.device)
+    kept = {name: getattr(side, name)[places] for name in ("hidden", "inputs", "targets")}
+    return replace(side, **kept, cu_responses=ends)
+
+
 def layer_index(name: str) -> int:
     """The index of hidden_states that a layer's name means. Raises ValueError."""
     return NAMED_LAYERS[name] if name in NAMED_LAYERS else int(name)
 
 
 def check_layers(depth: int, layers: Sequence[str]) -> None:
-    """Raises UserError for a layer that a model of `depth` layers does not have."""
+    """Raises UserError for a layer that a model of `depth` layers does not have, or that has two
+    names here."""
+    named: dict[int, str] = {}
     for name in layers:
         try:
             exists = -depth - 1 <= layer_index(name) <= depth
@@ -128,6 +151,11 @@ def check_layers(depth: int, layers: Sequence[str]) -> None:
             raise UserError(
                 f"unknown layer {name!r} for a model of {depth} layers: expected embed, last, or "
                 f"an index of hidden_states from 0 to {depth}"
+            )
+        other = named.setdefault(layer_index(name) % (depth + 1), name)
+        if other != name:
+            raise UserError(
+                f"layers {other!r} and {name!r} are the same one of a model of {depth} layers"
             )
 
 

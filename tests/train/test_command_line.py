@@ -250,6 +250,7 @@ def test_unsuitable_models(distill, workspace, tmp_path) -> None:
     assert "takes 256 tokens, fewer than max_length 512" in distill(max_length=512)
     assert "unknown layer 'middle'" in distill(layers="middle")
     assert "unknown layer '7' for a model of 2 layers" in distill(layers="last,7")
+    assert "layers 'last' and '2' are the same one" in distill(layers="last,2")
     assert "kd kl needs one vocabulary" in distill(kd="kl")
     assert "max_prompt_length 256 must be below" in distill(max_prompt_length=256)
     assert "raise max_length or max_prompt_length" in distill(max_prompt_length=20, max_length=21)

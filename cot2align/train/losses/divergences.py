@@ -73,4 +73,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _log_mix(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """log(share p + (1 - share) q)."""
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log(1 - share))
+    # Where both are 0, the gradient of logaddexp(-inf, -inf) is NaN.
+    least = torch.finfo(log_p.dtype).min
+    terms = (log_p + math.log(share), log_q + math.log(1 - share))
+    return torch.logaddexp(*(term.clamp(min=least) for term in terms))

@@ -7,7 +7,8 @@ t2s and s2t are linear projectors between the widths, trained with the student. 
 only the cross entropy trains t2s (z is a constant of the divergence); neither term trains the head
 through z or r. Softmaxes are at the temperature, with no factor for it; the cross entropy is at 1.
 
-With one vocabulary both models have the same positions, and the states need no alignment. With two,
+With one vocabulary both models have the same positions, as far as neither's response is cut, and
+the states need no alignment. With two,
 cross-model attention aligns them: a student token asks with the embeddings of its input and its
 target, teacher tokens of the same text answer with theirs,
 
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.divergences import DIVERGENCES, forward_kl
-from cot2align.train.token_states import TokenStates, sum_over_tokens
+from cot2align.train.token_states import TokenStates, shared_positions, sum_over_tokens
 
 
 class DSKD(nn.Module):
@@ -67,6 +68,7 @@ class DSKD(nn.Module):
         teacher space, float32. parts: "kd/t2s_ce", "kd/t2s", "kd/s2t". metrics:
         "dskd/t2s_accuracy", the share of student tokens that z gets right."""
         if self.query is None:
+            student, teacher = shared_positions(student, teacher)
             to_student, to_teacher = self.t2s(teacher.hidden.float()), self.s2t(student.hidden)
         else:
             # Its intermediate results are as wide as 2D and would outlast the logits.
@@ -81,7 +83,8 @@ class DSKD(nn.Module):
         )
         (s2t,) = sum_over_tokens(
             self._teacher_space,
-            teacher.logits(to_teacher.to(teacher.hidden.dtype), frozen=True),
+            # Not in the teacher's dtype, float16 perhaps, where small gradients are lost.
+            teacher.logits(to_teacher, frozen=True),
             teacher.logits(teacher.hidden, frozen=True),
         )
         accuracy = torch.stack([correct, torch.full_like(correct, len(student.targets))])
