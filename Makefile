@@ -41,8 +41,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal
-	@echo "== running the tests of the Triton kernels in Triton's interpreter"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests/kernels -k triton
+	@echo "== running the tests of the Triton kernels, and of Liger's, in Triton's interpreter"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests/kernels tests/train/test_liger.py \
+		-k 'triton or liger'
 
 lint: $(STAMP)
 	@echo "== ruff and mypy"

@@ -120,6 +120,7 @@ class TrainConfig(TextConfig):
         "attention of student and teacher; none: the model's own choice",
         choices=("sdpa", "eager", "flash_attention_2"),
     )
+    liger: bool = setting(False, "the cross entropy by Liger's fused kernel, on a GPU")
     torch_compile: bool = setting(False, "compile the student's body; needs a C++ compiler")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass")
     logging_steps: int = setting(10, "optimizer steps between two log entries", at_least=1)

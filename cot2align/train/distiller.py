@@ -28,7 +28,7 @@ from cot2align.train.adapters import add_lora, base_of
 from cot2align.train.config import DistillConfig, SFTConfig, UserError
 from cot2align.train.losses import KDLoss
 from cot2align.train.losses.cross_cot import CrossCoT
-from cot2align.train.losses.cross_entropy import cross_entropy
+from cot2align.train.losses.cross_entropy import check_liger, cross_entropy, liger_cross_entropy
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
@@ -42,7 +42,7 @@ class Distiller(nn.Module):
     """Student and teacher with the objective between them.
 
     alpha: weight of the distillation terms; cross_cot: L_CCoT with its projections, or None; kd:
-    L_KD of (student, teacher), summed over tokens, or None.
+    L_KD of (student, teacher), summed over tokens, or None; ce: L_CE's implementation.
     """
 
     # Tells Trainer to pass the global batch's counts to forward.
@@ -57,6 +57,7 @@ class Distiller(nn.Module):
         ot_weight: float = 1.0,
         cross_cot: CrossCoT | None = None,
         kd: Callable[[TokenStates, TokenStates], KDLoss] | None = None,
+        ce: Callable[[TokenStates], tuple[Tensor, Tensor]] = cross_entropy,
     ):
         super().__init__()
         self.student = student
@@ -65,6 +66,7 @@ class Distiller(nn.Module):
         self.ot_weight = ot_weight
         self.cross_cot = cross_cot
         self.kd = kd
+        self.ce = ce
         self.measure_gradients = False
         # The layers that FSDP2 shards one by one. All else (heads, embeddings, projections) belongs
         # to this module, and is whole wherever `forward` reads it.
@@ -124,7 +126,9 @@ class Distiller(nn.Module):
         all_tokens: Tensor,
         all_rows: Tensor,
     ) -> dict[str, Any]:
-        total, correct = cross_entropy(ours)
+        # Gradients are measured by a further way through the graph, and Liger's allows one.
+        measured = self.measure_gradients and self.training
+        total, correct = (cross_entropy if measured else self.ce)(ours)
         ce = total / all_tokens
         loss = ce
         parts: dict[str, Tensor] = {"ce": ce.detach()}
@@ -144,7 +148,7 @@ class Distiller(nn.Module):
                 parts |= {"ot": ot.total.detach(), **ot.parts}
                 metrics |= ot.metrics
                 distillation = distillation + self.ot_weight * ot.total
-                if self.measure_gradients and self.training:
+                if measured:
                     for name, term in (("ce", ce), ("ot", ot.total)):
                         metrics[f"gradient/{name}"] = _squared_gradient(term, ours.layers["last"])
             loss = (1 - self.alpha) * ce + self.alpha * distillation
@@ -209,6 +213,8 @@ def build_distiller(
         device=config.device,
         attention=config.attn_implementation,
     )
+    if config.liger:
+        check_liger(config.device)
     name = config.model if isinstance(config, SFTConfig) else config.student
     if config.lora_r and base_of(name) is not None:
         raise UserError(
@@ -216,8 +222,9 @@ def build_distiller(
         )
     bits = "4bit" if config.load_in_4bit else "none"
     student = load(name, student_tokenizer, dtype="float32", bits=bits)
+    ce = liger_cross_entropy(student) if config.liger else cross_entropy
     if isinstance(config, SFTConfig):
-        return _prepared(config, Distiller(student))
+        return _prepared(config, Distiller(student, ce=ce))
     assert teacher_tokenizer is not None
     if config.teacher_cache:
         teacher = load_shell(Path(config.teacher_cache), config.trust_remote_code)
@@ -265,6 +272,7 @@ def build_distiller(
         ot_weight=config.ot_weight,
         cross_cot=cross_cot,
         kd=kd,
+        ce=ce,
     )
     return _prepared(config, distiller)
 

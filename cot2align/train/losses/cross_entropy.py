@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn import functional as F
+import os
+from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from cot2align.train.config import UserError
 from cot2align.train.token_states import TokenStates, sum_over_tokens
 
 
@@ -20,3 +26,49 @@ def cross_entropy(student: TokenStates) -> tuple[Tensor, Tensor]:
         terms, student.logits(student.hidden), others=[student.targets]
     )
     return total, correct
+
+
+def check_liger(device: str) -> None:
+    """Raises UserError where Liger's kernels cannot run; device: "auto" or "cpu"."""
+    try:
+        import liger_kernel.transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"setting 'liger': {error}; the package liger-kernel comes with the extra 'liger'"
+        ) from None
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("setting 'liger': its kernels need a GPU")
+
+
+def liger_cross_entropy(model: PreTrainedModel) -> Callable[[TokenStates], tuple[Tensor, Tensor]]:
+    """`cross_entropy` by Liger's fused kernel, for models whose head is a matrix, and perhaps a
+    bias.
+
+    Its backward pass may run once: it overwrites what it saved. Raises UserError for other heads.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    config = model.config.get_text_config()
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    if type(model.get_output_embeddings()) is not nn.Linear or any(
+        getattr(config, name, None) is not None for name in names
+    ):
+        raise UserError(
+            f"setting 'liger': the head of {type(model).__name__} is not a matrix alone"
+        )
+    loss = LigerFusedLinearCrossEntropyLoss(
+        reduction="sum", accum_dtype=torch.float32, return_token_accuracy=True
+    )
+
+    def fused(student: TokenStates) -> tuple[Tensor, Tensor]:
+        if not len(student.targets):
+            return cross_entropy(student)
+        weight, *bias = student.weights
+        hidden = student.hidden
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)
+        output = loss(weight, hidden, student.targets, *bias)
+        return output.loss, output.token_accuracy.detach() * len(student.targets)
+
+    return fused

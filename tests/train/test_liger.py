@@ -1,0 +1,76 @@
+"""Liger's cross entropy against ours:
+
+TRITON_INTERPRET=1 python -m pytest tests/train/test_liger.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cot2align.train import distiller
+from cot2align.train.config import UserError
+from cot2align.train.losses.cross_entropy import cross_entropy, liger_cross_entropy
+from cot2align.train.token_states import token_states
+from tests.conftest import cli, log_of
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradient(bias, one_tokenizer) -> None:
+    model, batch = deepcopy(one_tokenizer.models["student"]), one_tokenizer.batch["student"]
+    if bias:
+        head = model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.linspace(-1, 1, head.out_features))
+    fused = liger_cross_entropy(model)
+    results = []
+    for loss in (cross_entropy, fused):
+        states = token_states(model, batch)
+        total, correct = loss(states)
+        gradients = torch.autograd.grad(total * 0.01, [states.hidden, *states.weights])
+        results.append([total, correct, *gradients])
+        with torch.no_grad():
+            assert loss(states)[0] == total
+    assert len(results[0]) == 4 + bias
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * ours.norm()
+    nothing = replace(states, hidden=states.hidden[:0], targets=states.targets[:0])
+    assert [value.item() for value in fused(nothing)] == [0, 0]
+
+
+@interpreted
+def test_run(distill_settings, tmp_path) -> None:
+    settings = {**distill_settings, "max_steps": 2, "logging_steps": 1, "kd": "uld"}
+    for liger in ("on", "off"):
+        assert cli("distill", output=tmp_path / liger, liger=liger, **settings) == 0
+    for ours, theirs in zip(*(log_of(tmp_path / name) for name in ("off", "on")), strict=True):
+        for name in ("loss", "ce", "kd", "token_accuracy", "ot/grad_ratio", "grad_norm"):
+            if name in ours:
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["logits_scaling", "final_logit_softcapping"])
+def test_other_heads_are_refused(name, one_tokenizer, monkeypatch) -> None:
+    model = one_tokenizer.models["student"]
+    monkeypatch.setattr(model.config, name, 8.0, raising=False)
+    with pytest.raises(UserError, match="'liger': the head of GPT2LMHeadModel is not a matrix"):
+        liger_cross_entropy(model)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no GPU then")
+def test_refused_before_anything_is_loaded(distill_settings, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(distiller, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert cli("distill", liger="on", **distill_settings, output=tmp_path / "out") == 2
+    assert "error: setting 'liger': its kernels need a GPU" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.delitem(sys.modules, "liger_kernel.transformers", raising=False)
+    assert cli("distill", liger="on", **distill_settings, output=tmp_path / "out") == 2
+    assert "liger-kernel comes with the extra 'liger'" in capsys.readouterr().err
