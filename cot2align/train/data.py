@@ -18,6 +18,7 @@ nothing back from the device.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -443,6 +444,7 @@ def collate(
     tokens: str = "response",
     *,
     packed: bool = False,
+    crossed: bool = False,
     cached: Callable[[Sequence[Text], str], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, Any]:
     """One batch: the texts of all rows, row by row, as `B` texts for each model.
@@ -451,8 +453,9 @@ def collate(
     row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows",
     "ids": of the rows}. See `model_batch`. With MinED the student's has an "alignment" of its R
     response tokens: int64 "student" [A] and "teacher" [A], the aligned ones and their partners of
-    the teacher's, and "unaligned" [R - A]. packed: see `model_batch`. cached: gives the teacher's
-    "states", see `teacher.TeacherCache.states`.
+    the teacher's, and "unaligned" [R - A]. packed: see `model_batch`. crossed: only rows with both
+    texts have a pair, those of the others are empty for the teacher (unless no row has one: a model
+    needs a text). cached: gives the teacher's "states", see `teacher.TeacherCache.states`.
     """
     texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
     batch: dict[str, Any] = {
@@ -465,9 +468,13 @@ def collate(
     }
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:
+        paired = [len(examples[row].texts) == 2 for row, _ in texts]
+        if crossed and any(paired):
+            both = zip(teacher_texts, paired, strict=True)
+            teacher_texts = [text if has_pair else Text([], 0) for text, has_pair in both]
         batch["teacher"] = model_batch(teacher_texts, tokens, packed)
         if cached is not None:
-            batch["teacher"]["states"] = cached(teacher_texts, tokens)
+            batch["teacher"]["states"] = cached([t for t in teacher_texts if t.ids], tokens)
     alignments = [pair.alignment for _, pair in texts if pair.alignment is not None]
     if alignments:
         starts = batch["teacher"]["cu_responses"]
@@ -491,7 +498,7 @@ def model_batch(
     texts: Iterable[Text], tokens: str = "response", packed: bool = False
 ) -> dict[str, Any]:
     """What one model's forward pass needs of `B` texts, padded on the right to `L`; packed: of the
-    texts back to back as one of length `L`, without padding.
+    texts back to back as one of length `L`, without padding. Empty texts have no row and no token.
 
     input_ids: int64 [B, L], packed [1, L]. attention_mask: int64 [B, L], or, packed, position_ids:
     int64 [1, L], which begin again with every text. positions: int64 [T], the flat places of
@@ -503,8 +510,8 @@ def model_batch(
     texts = list(texts)
     lengths = [len(text.ids) for text in texts]
     width = max(lengths)
-    starts = [sum(lengths[:b]) if packed else b * width for b in range(len(texts))]
-    size = sum(lengths) if packed else width * len(texts)
+    sizes = lengths if packed else [width * (length > 0) for length in lengths]
+    *starts, size = itertools.accumulate(sizes, initial=0)
     input_ids, position_ids, attention_mask = torch.zeros(3, size, dtype=torch.int64)
     positions: list[int] = []
     response: list[int] = []
@@ -522,7 +529,7 @@ def model_batch(
         targets.extend(text.response_ids)
         cu_seqlens.append(len(positions))
         cu_responses.append(len(targets))
-    rows = 1 if packed else len(texts)
+    rows = 1 if packed else size // width
     kept = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
     return {
         "input_ids": input_ids.view(rows, -1),

@@ -301,6 +301,9 @@ class DistillTrainer(Trainer):
                 collate,
                 tokens=config.tokens if isinstance(config, DistillConfig) else "response",
                 packed=config.padding_free,
+                crossed=isinstance(config, DistillConfig)
+                and config.kd == "none"
+                and not config.cst,
                 cached=None if cache is None else cache.states,
             ),
             train_dataset=train_dataset,

@@ -190,6 +190,25 @@ def test_batch_holds_all_texts_of_all_rows() -> None:
     assert batch["student"]["input_ids"].shape[0] == batch["teacher"]["input_ids"].shape[0] == 5
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", ["response", "all"])
+def test_rows_without_a_crossed_pair_are_no_work_for_the_teacher(tokens, packed) -> None:
+    rows = [parse_row(json.dumps(row), "test", str(i)) for i, row in enumerate(sample_rows(3))]
+    examples, _ = encode_rows(rows, encoder(byte_level_bpe()), encoder(unigram()))
+    whole = collate(examples, tokens, packed=packed)
+    batch = collate(examples, tokens, packed=packed, crossed=True)
+    assert torch.equal(batch["student"]["input_ids"], whole["student"]["input_ids"])
+    without = collate(examples[1:], tokens, packed=packed)["teacher"]
+    for name, value in batch["teacher"].items():
+        expected = without[name]
+        if name.startswith("cu_"):  # the row without a rationale has no token
+            assert value == [0, *expected]
+        elif expected is not None:
+            assert torch.equal(value, expected)
+    alone = collate(examples[:1], tokens, packed=packed, crossed=True)["teacher"]
+    assert alone["input_ids"].numel() == len(examples[0].texts[0].teacher.ids)
+
+
 def test_packed_positions_predict_the_response() -> None:
     texts = [Text([5, 6, 7, 8, 9], 2), Text([1, 2, 3], 2), Text([4, 5, 6, 7], 1)]
     batch = model_batch(texts)

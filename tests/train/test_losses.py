@@ -267,6 +267,29 @@ def test_no_pair_at_all_is_a_connected_zero(two_tokenizers) -> None:
     assert gradient.abs().max() == 0
 
 
+@pytest.mark.parametrize("tokens", ["response", "all"])
+def test_crossed_pairs_need_no_other_row_of_the_teacher(tokens, two_tokenizers) -> None:
+    pair = two_tokenizers
+    torch.manual_seed(0)
+    cross_cot = CrossCoT(
+        32, 48, terms=("crc",), layers=("embed", "last"), norm="rms", per_layer=False,
+        settings=OTSettings(num_iters=20, tol=0.0),
+    )  # fmt: skip
+
+    def loss_and_gradient(crossed: bool) -> list[Tensor]:
+        batch = collate(pair.examples, tokens, crossed=crossed)
+        sides = [
+            token_states(pair.models[side], batch[side], LAYERS) for side in ("student", "teacher")
+        ]
+        assert len(sides[1].cu_seqlens) == len(batch["text_rows"]) + 1
+        result = cross_cot(*sides, batch["text_rows"], batch["text_is_cot"], 5)
+        signal = result.metrics["ot/signal/last/cot-std"]
+        return [result.total, signal, *torch.autograd.grad(result.total, cross_cot.parameters())]
+
+    for ours, whole in zip(loss_and_gradient(True), loss_and_gradient(False), strict=True):
+        assert (ours - whole).norm() <= 1e-5 * whole.norm()
+
+
 @pytest.mark.parametrize("term", ["ce", "kl", "ot"])
 def test_padding_and_the_order_of_rows_change_nothing(term, one_tokenizer) -> None:
     pair = one_tokenizer
