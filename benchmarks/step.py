@@ -9,7 +9,7 @@ teacher ("no OT") and with the student's cross entropy alone ("student only"); t
 share of the loss is what torch.profiler gives to its module's forward pass and to the nodes of the
 backward pass that were made there.
 
-The demo also has the per-sample way: student and teacher run once for the standard and once for the
+And the per-sample way: student and teacher run once for the standard and once for the
 chain-of-thought texts, make all logits, and go through layers, rows and pairs one by one:
 Sinkhorn's scaling form under autograd, with a test of convergence on the host after every
 iteration. Nothing is timed before the ways' losses and gradients agree.
@@ -213,24 +213,22 @@ def setup(name: str, rows: int, repeats: int) -> list[dict[str, object]]:
     """One row for each way; raises ValueError where the ways differ."""
     with tempfile.TemporaryDirectory() as folder:
         config, distiller, examples = make_step(Path(folder), rows, larger=name == "larger")
-    ways = [way for way in WAYS if way != "per sample" or name == "demo"]
-    steps = {way: partial(one_step, way, distiller, config, examples) for way in ways}
+    steps = {way: partial(one_step, way, distiller, config, examples) for way in WAYS}
 
     want_loss, gradients = steps["native"]()
     want = torch.cat([gradient.flatten() for gradient in gradients])
     for way in ("reference", "per sample"):
-        if way in steps:
-            loss, gradients = steps[way]()
-            gradient = torch.cat([gradient.flatten() for gradient in gradients])
-            errors = [
-                ((got - wanted).norm() / wanted.norm()).item()
-                for got, wanted in ((loss, want_loss), (gradient, want))
-            ]
-            print(f"{way} differs by {errors[0]:.1e} of the loss, {errors[1]:.1e} of the gradient")
-            if max(errors) > 1e-3:
-                raise ValueError(f"{way} does not compute the loss of native")
+        loss, gradients = steps[way]()
+        gradient = torch.cat([gradient.flatten() for gradient in gradients])
+        errors = [
+            ((got - wanted).norm() / wanted.norm()).item()
+            for got, wanted in ((loss, want_loss), (gradient, want))
+        ]
+        print(f"{way} differs by {errors[0]:.1e} of the loss, {errors[1]:.1e} of the gradient")
+        if max(errors) > 1e-3:
+            raise ValueError(f"{way} does not compute the loss of native")
 
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in tqdm(range(repeats + 1), desc=f"{name}: timing", leave=False, disable=None):
         for way, measured in times.items():
             start = time.perf_counter()

@@ -89,6 +89,20 @@ def test_a_teacher_in_float16_loses_no_small_gradient() -> None:
     assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
 
 
+@pytest.mark.parametrize("one_vocabulary", [False, True])
+def test_weights_in_bfloat16_without_autocast(one_vocabulary) -> None:
+    """As DeepSpeed has them."""
+    sides = random_states(0, [5, 3], 8, 6), random_states(1, [5, 3], 12, 6)
+    torch.manual_seed(0)
+    dskd = DSKD(8, 12, one_vocabulary=one_vocabulary, divergence="js", temperature=2.0)
+    exact = dskd(*sides).total.item()
+    reduced = [
+        replace(side, hidden=side.hidden.bfloat16(), weights=(side.weights[0].bfloat16(),))
+        for side in sides
+    ]
+    assert dskd.bfloat16()(*reduced).total.item() == pytest.approx(exact, rel=1e-2)
+
+
 @pytest.fixture
 def base_and_chat(workspace, tmp_path):
     """The student's folder, and its tokenizer's with another end of sequence."""

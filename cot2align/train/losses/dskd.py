@@ -69,7 +69,8 @@ class DSKD(nn.Module):
         "dskd/t2s_accuracy", the share of student tokens that z gets right."""
         if self.query is None:
             student, teacher = shared_positions(student, teacher)
-            to_student, to_teacher = self.t2s(teacher.hidden.float()), self.s2t(student.hidden)
+            to_student = _projected(self.t2s, teacher.hidden)
+            to_teacher = _projected(self.s2t, student.hidden)
         else:
             # Its intermediate results are as wide as 2D and would outlast the logits.
             to_student, to_teacher = checkpoint(
@@ -95,7 +96,7 @@ class DSKD(nn.Module):
         )
 
     def _attend(
-        self, query: nn.Module, student: TokenStates, teacher: TokenStates
+        self, query: nn.Linear, student: TokenStates, teacher: TokenStates
     ) -> tuple[Tensor, Tensor]:
         """The teacher's states at the student's tokens, [N, d], and the student's at the
         teacher's, [M, D]; text by text."""
@@ -104,7 +105,7 @@ class DSKD(nn.Module):
             target = teacher.embed(teacher.targets)
             theirs = torch.cat([teacher.embed(teacher.inputs), target], 1)
         lengths = [states.cu_responses.diff().tolist() for states in (student, teacher)]
-        queries, our_values = query(ours.float()), self.s2t(student.hidden)
+        queries, our_values = _projected(query, ours), _projected(self.s2t, student.hidden)
         to_student, to_teacher = [], []
         for q, v, k, hidden, embedded in zip(
             queries.split(lengths[0]),
@@ -115,7 +116,7 @@ class DSKD(nn.Module):
             strict=True,
         ):
             k = k / k.std()
-            their_values = self.t2s(hidden / hidden.std() + embedded / embedded.std())
+            their_values = _projected(self.t2s, hidden / hidden.std() + embedded / embedded.std())
             to_student.append(_attention(q, k, their_values))
             to_teacher.append(_attention(k, q, v))
         return torch.cat(to_student), torch.cat(to_teacher)
@@ -132,6 +133,11 @@ class DSKD(nn.Module):
     def _teacher_space(self, r: Tensor, logits: Tensor) -> tuple[Tensor]:
         log_p, log_q = ((x / self.temperature).log_softmax(-1) for x in (logits, r))
         return (forward_kl(log_p, log_q).sum(),)
+
+
+def _projected(projector: nn.Linear, states: Tensor) -> Tensor:
+    """In the projector's dtype, where no autocast chooses another."""
+    return projector(states.to(projector.weight.dtype))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
