@@ -18,8 +18,20 @@ from cot2align.train.losses.cross_cot import CrossCoT, text_pairs
 from cot2align.train.losses.cross_entropy import cross_entropy
 from cot2align.train.losses.divergences import DIVERGENCES
 from cot2align.train.losses.kl import kl
-from cot2align.train.token_states import token_states
-from tests.train.conftest import LAYERS, Pair
+from cot2align.train.token_states import TokenStates, token_states
+from tests.train.conftest import LAYERS, Pair, random_states
+
+
+def assert_same_gradients(
+    actual: Tensor, expected: Tensor, leaves, exact_leaves=None, tolerance: float = 1e-5
+) -> None:
+    """Of two losses, each with respect to its own leaves, or to the same ones."""
+    leaves = list(leaves)
+    ours = torch.autograd.grad(actual, leaves)
+    theirs = torch.autograd.grad(expected, exact_leaves or leaves)
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert (gradient - exact).norm() <= tolerance * exact.norm()
+        assert exact.norm() > 0
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -46,6 +58,7 @@ def test_cross_entropy(two_tokenizers) -> None:
     )
     actual, correct = cross_entropy(two_tokenizers.states("student"))
     assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same_gradients(actual, expected, two_tokenizers.models["student"].parameters())
     hits = [text["logits"].argmax(-1) == text["targets"] for text in texts]
     assert correct.item() == torch.cat(hits).sum()
 
@@ -97,23 +110,71 @@ def direct_divergence(name: str, p: Tensor, q: Tensor) -> Tensor:
         return divergence(q, 0.9 * q + 0.1 * p)
     order = p.argsort(descending=True)
     size = int((p[order].cumsum(0) < 0.5).sum()) + 1
-    gap = (p - q).abs()[order]
+    gap = (p - q).detach().abs()[order]
     head = gap[:size].sum() / gap.sum()
     return head * divergence(p, q) + (1 - head) * divergence(q, p)
 
 
+@pytest.fixture(scope="module")
+def wide_student(workspace) -> Pair:
+    """The student's head has the padding."""
+    return Pair(workspace.sibling, workspace.student, workspace.train)
+
+
+@pytest.mark.parametrize("pair_name", ["one_tokenizer", "wide_student"])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_kl(name, one_tokenizer) -> None:
-    total = 0.0
-    width = one_tokenizer.models["student"].config.vocab_size
-    students, teachers = one_tokenizer.per_text("student"), one_tokenizer.per_text("teacher")
+def test_kl(name, pair_name, request) -> None:
+    pair = request.getfixturevalue(pair_name)
+    total = torch.zeros((), dtype=torch.float64)
+    width = min(model.config.vocab_size for model in pair.models.values())
+    students, teachers = pair.per_text("student"), pair.per_text("teacher")
     for ours, theirs in zip(students, teachers, strict=True):
-        q = (ours["logits"] / 2).softmax(-1)
-        p = (theirs["logits"][:, :width] / 2).softmax(-1)
-        total += sum(direct_divergence(name, a, b).item() for a, b in zip(p, q, strict=True))
-    states = one_tokenizer.states("student"), one_tokenizer.states("teacher")
+        q = (ours["logits"][:, :width] / 2).softmax(-1)
+        p = (theirs["logits"][:, :width] / 2).softmax(-1).detach()
+        total = total + sum(direct_divergence(name, a, b) for a, b in zip(p, q, strict=True))
+    states = pair.states("student"), pair.states("teacher")
     actual = kl(*states, divergence=name, temperature=2.0).total
-    assert actual.item() == pytest.approx(total, rel=2e-5)
+    assert actual.item() == pytest.approx(total.item(), rel=1e-5)
+    # The logarithms of q and of a mixture that is nearly q cancel.
+    tolerance = 5e-5 if name == "skewed_reverse_kl" else 1e-5
+    parameters = pair.models["student"].parameters()
+    assert_same_gradients(actual, total, parameters, tolerance=tolerance)
+
+
+# The student's head is the narrower one, then the wider one.
+@pytest.mark.parametrize("widths", [(11, 14), (14, 11)])
+@pytest.mark.parametrize("chunk", [10**6, 100])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_value_and_gradient_of_kl(name, chunk, widths, monkeypatch) -> None:
+    monkeypatch.setattr(token_states_module, "LOGITS_PER_CHUNK", chunk)
+    student, teacher = (random_states(i, [5, 1, 7], 8 + i, widths[i]) for i in range(2))
+    hidden, weight = in_double(student)
+    actual = kl(student, teacher, divergence=name, temperature=1.5).total
+    q = ((hidden @ weight.T)[:, :11] / 1.5).softmax(-1)
+    p = ((teacher.hidden.double() @ teacher.weights[0].double().T)[:, :11] / 1.5).softmax(-1)
+    expected = sum(direct_divergence(name, a, b) for a, b in zip(p.detach(), q, strict=True))
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(actual, expected, [student.hidden, *student.weights], (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk", [10**6, 50])
+def test_value_and_gradient_of_the_cross_entropy(chunk, monkeypatch) -> None:
+    monkeypatch.setattr(token_states_module, "LOGITS_PER_CHUNK", chunk)
+    student = random_states(0, [5, 1, 7], 8, 11)
+    hidden, weight = in_double(student)
+    probability = (hidden @ weight.T).softmax(-1)[range(13), student.targets]
+    expected = -probability.log().sum()
+    actual, _ = cross_entropy(student)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(actual, expected, [student.hidden, *student.weights], (hidden, weight))
+
+
+def in_double(states: TokenStates) -> tuple[Tensor, Tensor]:
+    """Hidden states and head, as leaves of their own."""
+    hidden, weight = (
+        t.detach().double().requires_grad_() for t in (states.hidden, *states.weights)
+    )
+    return hidden, weight
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -202,11 +263,7 @@ def test_cross_cot(terms, norm, per_layer, two_tokenizers) -> None:
         assert actual.parts[f"ot/{name}"].item() == pytest.approx(value, rel=1e-5)
 
     parameters = [*cross_cot.parameters(), pair.models["student"].get_input_embeddings().weight]
-    ours = torch.autograd.grad(actual.total, parameters)
-    theirs = torch.autograd.grad(expected, parameters)
-    for gradient, exact in zip(ours, theirs, strict=True):
-        assert (gradient - exact).norm() <= 2e-4 * exact.norm()
-        assert exact.norm() > 0
+    assert_same_gradients(actual.total, expected, parameters)
 
 
 def test_signals(two_tokenizers) -> None:
