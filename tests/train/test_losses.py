@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
 from cot2align.kernels.ot_loss import OTSettings
-from cot2align.kernels.reference import fused_ot_loss
+from cot2align.kernels.reference import fused_ot_loss, solve
 from cot2align.train import token_states as token_states_module
 from cot2align.train.data import collate
 from cot2align.train.distiller import Distiller
@@ -20,6 +21,14 @@ from cot2align.train.losses.divergences import DIVERGENCES
 from cot2align.train.losses.kl import kl
 from cot2align.train.token_states import TokenStates, token_states
 from tests.train.conftest import LAYERS, Pair, random_states
+
+# Kinds of pairs: name, whether the student's text is a chain of thought, whether the teacher's is.
+KINDS = (
+    ("std-std", False, False),
+    ("cot-cot", True, True),
+    ("std-cot", False, True),
+    ("cot-std", True, False),
+)
 
 
 def assert_same_gradients(
@@ -266,11 +275,13 @@ def test_cross_cot(terms, norm, per_layer, two_tokenizers) -> None:
     assert_same_gradients(actual.total, expected, parameters)
 
 
-def test_signals(two_tokenizers) -> None:
+@pytest.mark.parametrize("iterations", [2, 20])
+def test_signals(iterations, two_tokenizers) -> None:
     pair = two_tokenizers
+    settings = OTSettings(epsilon=0.1, num_iters=iterations, tol=0.0)
     cross_cot = CrossCoT(
-        32, 48, terms=("cst", "crc"), layers=("last",), norm="rms", per_layer=False,
-        settings=OTSettings(epsilon=0.1, num_iters=20, tol=0.0),
+        32, 48, terms=("cst", "crc"), layers=("embed", "last"), norm="rms", per_layer=False,
+        settings=settings,
     )  # fmt: skip
     batch = pair.batch
     metrics = cross_cot(
@@ -278,25 +289,28 @@ def test_signals(two_tokenizers) -> None:
     ).metrics
     students, teachers = pair.per_text("student"), pair.per_text("teacher")
     texts = list(zip(batch["text_rows"], batch["text_is_cot"], strict=True))
-    for kind, ours, theirs in (("std-std", False, False), ("std-cot", False, True)):
+    projection = cross_cot.projections[0].double()
+    errors = []
+    for layer, (kind, ours, theirs) in product(cross_cot.layers, KINDS):
         signals, shares = [], []
         for (row, is_cot), student in zip(texts, students, strict=True):
             if is_cot != ours or (row, theirs) not in texts:
                 continue
-            x, y = student["last"], teachers[texts.index((row, theirs))]["last"]
+            x, y = student[layer], teachers[texts.index((row, theirs))][layer]
             n, m = len(x), len(y)
             x, y = (z / z.square().mean(-1, keepdim=True).sqrt() for z in (x, y))
-            loss = fused_ot_loss(
-                x[None], y[None], cross_cot.projections[0].double(), num_iters=20, tol=0.0
-            )
-            signals.append((1 - 1 / m - loss).item())
+            solved = solve(x[None], y[None], projection, None, None, settings)
+            signals.append((1 - 1 / m - solved.loss).item())
             shares.append(signals[-1] / (min(1, n / m) - 1 / m))
-        total, count = metrics[f"ot/signal/last/{kind}"].tolist()
-        assert count == len(signals)
-        assert total / count == pytest.approx(sum(signals) / count, rel=1e-3, abs=1e-6)
-        total, count = metrics[f"ot/relative_signal/last/{kind}"].tolist()
-        assert total / count == pytest.approx(sum(shares) / count, rel=1e-3, abs=1e-6)
-    assert metrics["ot/iterations"].tolist() == [20.0 * 14, 14.0]
+            errors.append(solved.marginal_error.item())
+        for name, values in (("signal", signals), ("relative_signal", shares)):
+            total, count = metrics[f"ot/{name}/{layer}/{kind}"].tolist()
+            assert count == len(values)
+            assert total / count == pytest.approx(sum(values) / count, rel=1e-3, abs=1e-6)
+    assert metrics["ot/iterations"].tolist() == [iterations * 28.0, 28.0]
+    total, count = metrics["ot/marginal_error"].tolist()
+    assert count == len(errors) == 28
+    assert total == pytest.approx(sum(errors), rel=1e-5, abs=1e-5)
 
 
 def test_pairs_of_rows_with_and_without_a_rationale() -> None:
