@@ -134,6 +134,30 @@ def test_pseudo_inverse_start_of_a_run(distill_settings, workspace) -> None:
     torch.testing.assert_close(distiller.kd.t2s.weight.detach(), expected.float())
 
 
+def test_pseudo_inverse_start_of_a_run_with_two_vocabularies(distill_settings) -> None:
+    """From the heads' rows of the tokens that both tokenizers have."""
+    given = {"kd": "dskd", "t2s_init": "pseudo-inverse", "output": "unused"}
+    config = build(DistillConfig, {**distill_settings, **given})
+    tokenizers = [load_tokenizer(name) for name in (config.student, config.teacher)]
+    distiller = build_distiller(config, *tokenizers)
+    ours = {tokenizers[0].decode([i]): i for i in range(len(tokenizers[0]))}
+    # Its vocabulary has both kinds of space, of which the first counts.
+    pieces = sorted(tokenizers[1].get_vocab().items(), key=lambda item: -item[1])
+    theirs = {token.replace("\u2581", " "): i for token, i in pieces}
+    # The end of a text is the only special token that both have, by other names.
+    ours["</s>"] = ours.pop("<|endoftext|>")
+    shared = sorted(ours.keys() & theirs.keys())
+    assert 100 < len(shared) < len(theirs)
+    heads = [m.get_output_embeddings().weight for m in (distiller.student, distiller.teacher)]
+    student, teacher = (
+        head.detach().double()[[ids[token] for token in shared]]
+        for head, ids in zip(heads, (ours, theirs), strict=True)
+    )
+    expected = student.pinverse() @ teacher
+    torch.testing.assert_close(distiller.kd.t2s.weight.detach(), expected.float())
+    assert distiller.kd.t2s.bias.abs().max() == 0
+
+
 @pytest.mark.parametrize("pair_name", ["two_tokenizers", "one_tokenizer"])
 def test_models(pair_name, request) -> None:
     pair = request.getfixturevalue(pair_name)
@@ -179,10 +203,48 @@ def test_a_teacher_equal_to_the_student() -> None:
     assert parts["kd/t2s_ce"].item() == pytest.approx(ce.item(), rel=1e-5)
 
 
-def test_padding_and_the_order_of_rows_change_nothing(two_tokenizers) -> None:
-    pair = two_tokenizers
+def test_attention_to_a_teacher_equal_to_the_student() -> None:
+    """Every token finds itself: both spaces have the model's own logits."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [4, 2, 5]
+    states = random_states(0, lengths, 8, 11)
+    # States in the first dimensions, embeddings in the others: t2s tells them apart, and undoes
+    # the division by the standard deviation. No input comes twice, and all embeddings have one
+    # length: every token is the nearest to itself.
+    hidden, table = torch.zeros(11, 8), torch.zeros(11, 8)
+    for ours, some in zip(
+        hidden.split(lengths), states.hidden.detach().split(lengths), strict=True
+    ):
+        ours[:, :4] = some[:, :4]
+        ours /= ours.std() / 3
+    table[:, 4:] = nn.functional.normalize(torch.randn(11, 4, generator=generator), dim=1)
+    targets = states.targets.clone()
+    targets[::2] = (hidden @ states.weights[0].T).argmax(-1)[::2]
+    states = dataclasses.replace(
+        states, hidden=hidden, inputs=torch.arange(11), targets=targets, embed=table.__getitem__
+    )
+    dskd = DSKD(8, 8, one_vocabulary=False, divergence="forward_kl", temperature=2.0)
+    with torch.no_grad():
+        dskd.query.weight.copy_(1e4 * torch.eye(16))
+        dskd.s2t.weight.copy_(torch.eye(8))
+        dskd.t2s.weight.copy_(torch.diag(torch.tensor([3.0] * 4 + [0.0] * 4)))
+        for projector in dskd.children():
+            projector.bias.zero_()
+    loss = dskd(states, states)
+    ce, correct = cross_entropy(states)
+    assert abs(loss.parts["kd/t2s"]) < 1e-5
+    assert abs(loss.parts["kd/s2t"]) < 1e-5
+    assert loss.parts["kd/t2s_ce"].item() == pytest.approx(ce.item(), rel=1e-5)
+    assert loss.metrics["dskd/t2s_accuracy"].tolist() == [correct.item(), 11]
+    assert 6 <= correct < 11
+
+
+@pytest.mark.parametrize("pair_name", ["two_tokenizers", "one_tokenizer"])
+def test_padding_and_the_order_of_rows_change_nothing(pair_name, request) -> None:
+    pair = request.getfixturevalue(pair_name)
     torch.manual_seed(0)
-    dskd = DSKD(32, 48, one_vocabulary=False, divergence="reverse_kl", temperature=2.0)
+    one_vocabulary = pair_name == "one_tokenizer"
+    dskd = DSKD(32, 48, one_vocabulary=one_vocabulary, divergence="reverse_kl", temperature=2.0)
 
     def total(batch) -> float:
         sides = [token_states(pair.models[side], batch[side]) for side in ("student", "teacher")]
@@ -195,8 +257,10 @@ def test_padding_and_the_order_of_rows_change_nothing(two_tokenizers) -> None:
     assert alone == pytest.approx(whole, rel=1e-5)
 
 
-def test_run(distill_settings, tmp_path) -> None:
-    settings = {**distill_settings, "kd": "dskd", "layers": "last"}
+@pytest.mark.parametrize("teacher", ["teacher", "sibling"])
+def test_run(teacher, distill_settings, workspace, tmp_path) -> None:
+    model = {"teacher": getattr(workspace, teacher)}
+    settings = {**distill_settings, **model, "kd": "dskd", "layers": "last"}
     assert cli("distill", output=tmp_path / "whole", **settings) == 0
     divided = {**settings, "batch_size": 2, "gradient_accumulation": 2}
     assert cli("distill", output=tmp_path / "divided", **divided) == 0
@@ -205,18 +269,18 @@ def test_run(distill_settings, tmp_path) -> None:
         assert ours["kd"] == pytest.approx(ours["kd/t2s_ce"] + ours["kd/t2s"] + ours["kd/s2t"])
         assert ours["loss"] == pytest.approx(0.5 * (ours["ce"] + ours["kd"] + ours["ot"]))
         assert 0 <= ours["dskd/t2s_accuracy"] <= 1
-        for name in ("kd", "kd/t2s_ce", "kd/s2t", "dskd/t2s_accuracy", "grad_norm"):
+        for name in ("kd", "kd/t2s_ce", "kd/t2s", "kd/s2t", "dskd/t2s_accuracy", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     saved = load_file(tmp_path / "whole" / "projections.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    query = {"kd.query.weight": (96, 64), "kd.query.bias": (96,)}
     assert shapes == {
         "projections.0": (48, 32),
         "kd.t2s.weight": (32, 48),
         "kd.t2s.bias": (32,),
         "kd.s2t.weight": (48, 32),
         "kd.s2t.bias": (48,),
-        "kd.query.weight": (96, 64),
-        "kd.query.bias": (96,),
+        **(query if teacher == "teacher" else {}),
     }
 
 
