@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from itertools import product
@@ -21,6 +22,14 @@ from cot2align.train.losses.divergences import DIVERGENCES
 from cot2align.train.losses.kl import kl
 from cot2align.train.token_states import TokenStates, token_states
 from tests.train.conftest import LAYERS, Pair, random_states
+
+
+def states_of(*texts: Tensor) -> TokenStates:
+    """States of texts [n, d], the same at both layers."""
+    tokens = torch.cat(texts)
+    states = random_states(0, [len(text) for text in texts], tokens.shape[1], 5)
+    return dataclasses.replace(states, hidden=tokens, layers={"embed": tokens, "last": tokens})
+
 
 # Kinds of pairs: name, whether the student's text is a chain of thought, whether the teacher's is.
 KINDS = (
@@ -273,6 +282,51 @@ def test_cross_cot(terms, norm, per_layer, two_tokenizers) -> None:
 
     parameters = [*cross_cot.parameters(), pair.models["student"].get_input_embeddings().weight]
     assert_same_gradients(actual.total, expected, parameters)
+
+
+@pytest.mark.parametrize(("norm", "scale"), [("none", 3.0), ("rms", 6**0.5)])
+def test_orthogonal_tokens_equal_to_the_teachers_in_any_order(norm, scale) -> None:
+    """N tokens at right angles: by symmetry each one's own share of the plan is that of the
+    others times exp((C_other - C_own) / epsilon)."""
+    n, epsilon, rows = 6, 0.1, 5
+    generator = torch.Generator().manual_seed(0)
+    texts = [3 * torch.eye(n)[torch.randperm(n, generator=generator)] for _ in range(4)]
+    cross_cot = CrossCoT(
+        n, n, terms=("cst", "crc"), layers=("embed", "last"), norm=norm, per_layer=False,
+        settings=OTSettings(epsilon=epsilon, num_iters=50, tol=0.0),
+    )  # fmt: skip
+    torch.nn.init.eye_(cross_cot.projections[0])
+    student, teacher = states_of(*texts[:2]), states_of(*texts[2:])
+    actual = cross_cot(student, teacher, [0, 0], [False, True], rows)
+    own = math.exp(scale**2 / n**0.5)
+    own_cost, other_cost = 1 - own / (own + n - 1), 1 - 1 / (own + n - 1)
+    others = (n - 1) * math.exp((own_cost - other_cost) / epsilon)
+    loss = (own_cost + others * other_cost) / (1 + others)
+    for name in ("ot/cst", "ot/crc"):
+        assert actual.parts[name].item() == pytest.approx(2 * 2 * loss / rows, rel=1e-5)
+    assert actual.total.item() == pytest.approx(2 * 4 * loss / rows, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["one student token", "equal teacher tokens"])
+def test_nothing_to_align_costs_1_less_1_over_m(case) -> None:
+    """Every plan costs the same: no signal, whatever the tokens are."""
+    generator = torch.Generator().manual_seed(0)
+    n, m = (1, 7) if case == "one student token" else (4, 7)
+    student = states_of(torch.randn(n, 8, generator=generator))
+    tokens = torch.randn(m, 8, generator=generator)
+    teacher = states_of(tokens if n == 1 else tokens[:1].expand(m, 8))
+    cross_cot = CrossCoT(
+        8, 8, terms=("cst",), layers=("embed", "last"), norm="none", per_layer=False,
+        settings=OTSettings(num_iters=50, tol=0.0),
+    )  # fmt: skip
+    actual = cross_cot(student, teacher, [0], [False], 3)
+    assert actual.total.item() == pytest.approx(2 * (1 - 1 / m) / 3, rel=1e-6)
+    for layer in ("embed", "last"):
+        signal, count = actual.metrics[f"ot/signal/{layer}/std-std"].tolist()
+        assert count == 1
+        assert abs(signal) < 1e-6
+    (gradient,) = torch.autograd.grad(actual.total, cross_cot.projections[0])
+    assert gradient.norm() < 1e-6
 
 
 @pytest.mark.parametrize("iterations", [2, 20])
