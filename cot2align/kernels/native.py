@@ -131,7 +131,7 @@ def ot_loss(
         raise ValueError(f"isa must be one of {', '.join(INSTRUCTION_SETS)}, got {isa!r}")
 
     loss, marginal_error = x.new_empty(len(pairs)), x.new_empty(len(pairs))
-    iterations = torch.empty(len(pairs), dtype=torch.int32)
+    iterations = x.new_empty(len(pairs), dtype=torch.int32)
     dx = torch.empty_like(x) if need_x and gradient != "none" else x.new_empty(0)
     dz = torch.empty_like(z) if need_z and gradient != "none" else z.new_empty(0)
     try:

@@ -716,7 +716,7 @@ def _ot_loss(
         z,
         index_x,
         index_z,
-        *(segments_x, segments_z, pairs, torch.ones(len(pairs), device=x.device)),
+        *(segments_x, segments_z, pairs, x.new_ones(len(pairs), dtype=torch.float32)),
         scale=scale,
         epsilon=epsilon,
         num_iters=num_iters,

@@ -544,6 +544,8 @@ def ot_loss(
             raise ValueError(f"{name} must be contiguous on {x.device}, is on {tensor.device}")
     if x.dtype not in DEPTH or z.dtype != x.dtype:
         raise ValueError(f"x and z must have one dtype of 16 or 32 bits, got {x.dtype}, {z.dtype}")
+    if weights.dtype != torch.float32:
+        raise ValueError(f"weights must be float32, got {weights.dtype}")
     if not x.is_cuda and not INTERPRETED:
         raise ValueError("Triton's kernels take CPU tensors only under TRITON_INTERPRET=1")
     if not (need_x or need_z):

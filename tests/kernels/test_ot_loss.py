@@ -3,6 +3,7 @@
 Triton's kernels run on a GPU, or interpreted in a process of their own (see `make test`).
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -405,6 +406,45 @@ def test_mixed_dtypes_and_autocast(backend):
     for leaf, want, rounding in zip((x, y, p), expected, (2**-8, 2**-10, 1e-5), strict=True):
         assert leaf.grad.dtype == leaf.dtype
         assert direct.relative(leaf.grad.double(), want) < rounding
+
+
+@contextlib.contextmanager
+def defaults(dtype, device):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["native", "reference", TRITON])
+def test_default_dtype_and_device_change_nothing(backend, dtype):
+    tensors = [t.float().to(device_of(backend)) for t in direct.problem(5, 7)]
+    mask = torch.arange(7, device=device_of(backend))[None] < 6
+    cu_x, cu_y = torch.tensor([0, 3, 5]), torch.tensor([0, 7, 7])
+    cu_seqlens = {"cu_seqlens_student": cu_x, "cu_seqlens_teacher": cu_y}
+
+    def losses(need):
+        x, y, p = (t.clone().requires_grad_(need) for t in tensors)
+        for reduction in ("mean", "none"):
+            how = {"num_iters": 3, "reduction": reduction, "backend": backend}
+            loss = fused_ot_loss(x[None], y[None], p, teacher_mask=mask, **how)
+            yield loss
+            yield fused_ot_loss_varlen(x, y, p, **cu_seqlens, **how)
+        if need:
+            loss.sum().backward()
+            yield p.grad
+
+    for need in (True, False):
+        expected = list(losses(need))
+        with defaults(dtype, "meta"):
+            got = list(losses(need))
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == torch.float32
+            assert torch.equal(a, b)
 
 
 def test_autocast_leaves_the_backward_pass_alone():
