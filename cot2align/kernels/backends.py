@@ -12,8 +12,8 @@ is read from a device to choose. `python -m cot2align.doctor` prints the table f
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,20 @@ import torch
 from cot2align.kernels import native
 
 ONE_LAUNCH = (64, 128)  # the largest problem of triton_sinkhorn.TILES
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 SMALLEST_CAPABILITY = (8, 0)  # for which Triton's configurations are compiled and checked
+OLDEST_TRITON = (3, 6)  # before it, registers are spilled
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    for name in ("triton", "pytorch-triton"):  # the second comes with PyTorch's nightly builds
+        try:
+            return tuple(map(int, metadata.version(name).split(".")[:2]))
+        except metadata.PackageNotFoundError:
+            pass
+    return None
+
+
+TRITON = _triton_version()
 
 
 class Device(NamedTuple):
@@ -94,8 +106,12 @@ def _candidate(backend: str, device: Device, rows: int, cols: int) -> Candidate:
 
 
 def _triton_lacks(device: Device) -> str | None:
-    if not HAS_TRITON:
+    if TRITON is None:
         return "Triton is not installed"
+    if TRITON < OLDEST_TRITON:
+        return "Triton {}.{} is older than {}.{}, which comes with PyTorch 2.10".format(
+            *TRITON, *OLDEST_TRITON
+        )
     if device.type != "cuda":
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return None

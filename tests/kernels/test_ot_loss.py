@@ -582,6 +582,17 @@ def test_a_gpu_takes_any_number_of_teacher_tokens(capability):
     assert backends.choose(backends.Device("cuda", capability), 10, 100_000).backend == "triton"
 
 
+@pytest.mark.parametrize(("version", "why"), [((3, 4), "Triton 3.4 is older"), (None, "not inst")])
+def test_an_old_triton_is_refused(monkeypatch, version, why):
+    h200 = backends.Device("cuda", (9, 0))
+    monkeypatch.setattr(backends, "TRITON", version)
+    assert backends.choose(h200, 10, 10).backend == "reference"
+    for backend in ("triton", "cuda"):
+        assert why in backends.refusal(backend, h200, 10, 10)
+    monkeypatch.setattr(backends, "TRITON", backends.OLDEST_TRITON)
+    assert backends.choose(h200, 10, 10).backend == "triton"
+
+
 def test_memory_stays_with_a_few_matrices_a_thread():
     # 40 problems of 256 x 256: the tape of 100 iterations holds 2 GiB, two matrices per thread
     # and the vectors' history 2.5 MiB.
