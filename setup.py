@@ -1,12 +1,12 @@
-"""Builds cot2align.kernels._native: C++ for every CPU, and CUDA where nvcc is found.
+"""Builds cot2align.kernels._native: C++ for every CPU, and CUDA where nvcc is found and usable.
 
 pyproject.toml holds everything static. This file finds the compilers, writes one build.ninja and
 runs it: an unchanged tree builds nothing, a changed header rebuilds what includes it. torch is not
 needed, the extension takes raw pointers. The environment decides:
 
     COT2ALIGN_NATIVE=1|0        0: pure Python, no compiler needed
-    COT2ALIGN_CUDA=auto|1|0     CUDA part where nvcc is found | required | left out
-    CXX, CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"     as in other projects
+    COT2ALIGN_CUDA=auto|1|0     CUDA part where nvcc is usable | required | left out
+    CXX, CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST="9.0 10.0+PTX"    as in other projects
 
 Nothing is compiled for the machine at hand: csrc/sinkhorn.cpp is compiled once per instruction set
 and the module chooses when it runs. Linux and macOS; no Windows build.
@@ -22,7 +22,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote, split
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -47,9 +47,10 @@ def setting(name: str, *allowed: str) -> str:
     return value
 
 
-def find_cxx() -> str:
+def find_cxx() -> list[str]:
     asked, include = os.environ.get("CXX"), sysconfig.get_paths()["include"]
-    cxx = next(filter(shutil.which, [asked] if asked else ["c++", "g++", "clang++"]), None)
+    candidates = [split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]
+    cxx = next((words for words in candidates if shutil.which(words[0])), None)
     if cxx is None:
         missing = f"CXX={asked} is no program" if asked else "no C++ compiler (c++, g++, clang++)"
     elif not Path(include, "Python.h").exists():
@@ -59,30 +60,47 @@ def find_cxx() -> str:
     sys.exit(f"cot2align: {missing}: install one, or set COT2ALIGN_NATIVE=0 for pure Python")
 
 
-def find_nvcc() -> tuple[str | None, str]:
+def host_compiler(cxx: list[str]) -> str:
+    """What nvcc calls, of "ccache g++ -m64" g++."""
+    return [word for word in cxx if shutil.which(word)][-1]
+
+
+def find_nvcc(cxx: list[str]) -> tuple[str | None, str]:
     """The CUDA compiler, or None and why: CUDA_HOME goes before PATH."""
     home, wanted = os.environ.get("CUDA_HOME"), setting("COT2ALIGN_CUDA", "auto", "1", "0")
     if wanted == "0":
         return None, "COT2ALIGN_CUDA=0"
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
     why = f"no nvcc in CUDA_HOME={home}" if home else "no nvcc on PATH and no CUDA_HOME"
-    if wanted == "1" and nvcc is None:
+    if nvcc:
+        why = refusal(nvcc, cxx)
+    if why and wanted == "1":
         sys.exit(f"cot2align: {why}, but COT2ALIGN_CUDA=1")
-    return nvcc, why
+    return None if why else nvcc, why
+
+
+def refusal(nvcc: str, cxx: list[str]) -> str:
+    """Why nvcc cannot compile for the first GPUs with clusters, as where it is older than they are
+    or than the C++ compiler; empty where it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "trial.cu")
+        source.touch()
+        trial = subprocess.run(
+            [nvcc, "-ccbin", host_compiler(cxx), "-arch=sm_90", "-E", source, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+        )
+    said = re.search(r"(fatal|error)\b.*", trial.stderr)
+    return f"{nvcc}: {said[0] if said else 'fails'}" if trial.returncode else ""
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, else those of 8.0, 9.0 and 10.0 that nvcc knows, the last with PTX."""
+    """TORCH_CUDA_ARCH_LIST, else those that the kernel serves: 9.0 and 10.0."""
     asked = re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if bad := [arch for arch in asked if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]:
         sys.exit(f"cot2align: TORCH_CUDA_ARCH_LIST: {bad[0]} is not like 9.0, 9.0a or 9.0+PTX")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    ours = [arch for arch in ("8.0", "9.0", "10.0") if "compute_" + arch.replace(".", "") in known]
-    if not (asked or ours):
-        sys.exit(
-            f"cot2align: {nvcc} knows none of 8.0, 9.0, 10.0: take another, or COT2ALIGN_CUDA=0"
-        )
-    return asked or [*ours[:-1], ours[-1] + "+PTX"]
+    return asked or (["9.0", "10.0"] if "compute_100" in known else ["9.0+PTX"])
 
 
 def gencode(archs: list[str]) -> Iterator[str]:
@@ -92,15 +110,15 @@ def gencode(archs: list[str]) -> Iterator[str]:
         yield f"-gencode=arch=compute_{number},code={code}"
 
 
-def openmp_flag(cxx: str) -> str:
+def openmp_flag(cxx: list[str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.cpp")
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
         trial = subprocess.run(
-            [cxx, "-fopenmp", source, "-o", f"{source}.out"], capture_output=True
+            [*cxx, "-fopenmp", source, "-o", f"{source}.out"], capture_output=True
         )
     if trial.returncode:
-        print(f"cot2align: {cxx} -fopenmp does not work: one thread only")
+        print(f"cot2align: {join(cxx)} -fopenmp does not work: one thread only")
     return "" if trial.returncode else "-fopenmp"
 
 
@@ -108,7 +126,8 @@ def build_ninja(folder: Path, version: str) -> str:
     """The way from csrc/ to folder/_native.so, for ninja in the root."""
     import pybind11
 
-    cxx, (nvcc, why_not) = find_cxx(), find_nvcc()
+    cxx = find_cxx()
+    nvcc, why_not = find_nvcc(cxx)
     openmp = openmp_flag(cxx)
     if nvcc is None:
         print(f"cot2align: {why_not}: CPU part only")
@@ -118,12 +137,15 @@ def build_ninja(folder: Path, version: str) -> str:
         shutil.copytree(pybind11.get_include(), headers)
     bindings = f"-isystem {headers} -isystem {quote(sysconfig.get_paths()['include'])}"
     bindings += f""" '-DCOT2ALIGN_VERSION="{version}"'"""
+    jobs = os.environ.get("MAX_JOBS") or 0  # architectures at a time; 0: as many as CPUs
+    compilers = {"cxx": f"{join(cxx)} {CXX_FLAGS} {openmp}"}
+    link = f"{join(cxx)} -shared {openmp}"
     if nvcc:
         bindings += f""" '-DCOT2ALIGN_CUDA_ARCHS="{" ".join(archs)}"'"""
+        with_host = f"{quote(nvcc)} -ccbin {quote(host_compiler(cxx))}"
+        compilers["nvcc"] = f"{with_host} {NVCC_FLAGS} --threads {jobs}"
         # cudart is static: no other part of the process has to agree on its version.
-        link = f"{quote(nvcc)} -ccbin {quote(cxx)} -shared -cudart static -Xcompiler='{openmp}'"
-    else:
-        link = f"{quote(cxx)} -shared {openmp}"
+        link = f"{with_host} -shared -cudart static -Xcompiler='{openmp}'"
     if sys.platform == "darwin":
         link += " -undefined dynamic_lookup"
 
@@ -137,11 +159,6 @@ def build_ninja(folder: Path, version: str) -> str:
     for isa, flags in ISA_FLAGS.items():
         own = f"-DCOT2ALIGN_ISA={isa} {flags}"
         edges.append((f"{folder}/sinkhorn.{isa}.o", "cxx", "csrc/sinkhorn.cpp", own))
-    jobs = os.environ.get("MAX_JOBS") or 0  # architectures at a time; 0: as many as CPUs
-    compilers = {
-        "cxx": f"{quote(cxx)} {CXX_FLAGS} {openmp}",
-        "nvcc": f"{nvcc} -ccbin {quote(cxx)} {NVCC_FLAGS} --threads {jobs}",
-    }
     lines = [f"builddir = {folder}"]
     for rule, compiler in compilers.items():
         lines += [f"rule {rule}", f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out"]
@@ -161,11 +178,16 @@ class NinjaBuild(build_ext):
         os.chdir(Path(__file__).resolve().parent)
         folder = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(build_ninja(folder, self.distribution.get_version()))
+        edges = build_ninja(folder, self.distribution.get_version())
+        (folder / "build.ninja").write_text(edges)
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         command = [Path(ninja.BIN_DIR, "ninja"), "-f", folder / "build.ninja", *jobs]
         if subprocess.run(command).returncode:
-            sys.exit("cot2align: the native part did not compile, see the compiler's message above")
+            without = ", or set COT2ALIGN_CUDA=0" if "rule nvcc" in edges else ""
+            sys.exit(
+                "cot2align: the native part did not compile: "
+                f"see the compiler's message above{without}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # a running process keeps the file that it has mapped
         shutil.copy2(folder / "_native.so", target)
@@ -173,8 +195,7 @@ class NinjaBuild(build_ext):
 
 native = setting("COT2ALIGN_NATIVE", "1", "0") == "1"
 if native and "dist_info" in sys.argv:  # pip asks for this before it fetches what we depend on
-    find_cxx()
-    find_nvcc()
+    find_nvcc(find_cxx())
 setup(
     ext_modules=[Extension("cot2align.kernels._native", sources=[])] if native else [],
     cmdclass={"build_ext": NinjaBuild},

@@ -24,8 +24,9 @@ SHIPPED = (
     *("LICENSE", "README.md", "CONTRIBUTING.md"),
 )
 COMPILER = """#!/bin/sh
-[ "$1" = --list-gpu-arch ] && { printf 'compute_80\\ncompute_90\\ncompute_120\\n'; exit; }
+[ "$1" = --list-gpu-arch ] && { printf 'compute_80\\ncompute_90\\n'$NEWER; exit; }
 case "$NO_OPENMP$*" in yes*-fopenmp*) exit 1 ;; esac
+[ -n "$REFUSED" ] && case "$*" in *$REFUSED*) echo "nvcc fatal   : $REFUSED?" >&2; exit 1 ;; esac
 while [ $# -gt 0 ]; do
   case $1 in -o) out=$2 ;; -MF) dep=$2 ;; -c) source=$2 ;; esac
   shift
@@ -195,6 +196,31 @@ def test_no_nvcc_is_said_once_and_leaves_the_cpu_part(tree: Path, compiler: Path
     assert "device_query" not in edges(tree)
 
 
+def test_an_unusable_nvcc_is_said_once_and_leaves_the_cpu_part(tree: Path, compiler: Path) -> None:
+    env = {"CXX": str(compiler), "CUDA_HOME": str(compiler.parents[1]), "REFUSED": "sm_90"}
+    done = build(tree, **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nvcc: fatal   : sm_90?: CPU part only") == 1
+    assert "rule nvcc" not in edges(tree)
+    assert_one_line(build(tree, **env, COT2ALIGN_CUDA="1"), "nvcc: fatal   : sm_90?", "CUDA=1")
+
+
+def test_an_nvcc_that_fails_comes_with_what_to_do(tree: Path, compiler: Path) -> None:
+    env = {"CXX": str(compiler), "CUDA_HOME": str(compiler.parents[1]), "REFUSED": "sinkhorn.cu"}
+    done = build(tree, **env)
+    assert_one_line(done, "did not compile", "COT2ALIGN_CUDA=0")
+    assert "sinkhorn.cu?" in done.stdout
+
+
+def test_words_and_spaces(tree: Path, compiler: Path) -> None:
+    home = compiler.parents[1].rename(compiler.parents[2] / "cuda 13")
+    shutil.copy(home / "bin" / "nvcc", home.parent / "c++")
+    done = build(tree, CXX=f"env -u NAME {home.parent / 'c++'}", CUDA_HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    assert f"command = env -u NAME {home.parent / 'c++'} -O3" in edges(tree)
+    assert f"command = '{home}/bin/nvcc' -ccbin {home.parent / 'c++'} -O3" in edges(tree)
+
+
 def test_no_openmp_is_said_once_and_leaves_one_thread(tree: Path, compiler: Path) -> None:
     done = build(tree, CXX=str(compiler), COT2ALIGN_CUDA="0", NO_OPENMP="yes")
     assert done.returncode == 0, done.stderr
@@ -206,10 +232,11 @@ def test_cuda_sources_are_built_for_what_nvcc_knows(tree: Path, compiler: Path) 
     env = {"CXX": str(compiler), "CUDA_HOME": str(compiler.parents[1])}
     assert build(tree, **env).returncode == 0
     text = edges(tree)
-    assert "arch=compute_80,code=sm_80" in text
-    assert "arch=compute_90,code=[sm_90,compute_90]" in text
-    assert "compute_100" not in text
+    assert "flags = -gencode=arch=compute_90,code=[sm_90,compute_90]\n" in text
     assert "-cudart static" in text
+    assert build(tree, **env, NEWER="compute_100").returncode == 0
+    both = "-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_100,code=sm_100"
+    assert f"flags = {both}\n" in edges(tree)
     assert build(tree, **env, TORCH_CUDA_ARCH_LIST="7.5 9.0a").returncode == 0
     assert "arch=compute_75,code=sm_75 -gencode=arch=compute_90a,code=sm_90a\n" in edges(tree)
 
