@@ -488,14 +488,14 @@ def _varlen(
         torch.stack((cu[:-1], cu.diff()), dim=1).to(device, torch.int64, non_blocking=True)
         for cu in cu_seqlens
     )
+    lengths_x, lengths_y = segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
     weights = None
     if isinstance(weighting, Tensor):
         if weighting.shape != pairs.shape[:1]:
             raise ValueError(f"weights must be [{len(pairs)}], got {list(weighting.shape)}")
         weights = weighting.detach().to(device, torch.float32, non_blocking=True).contiguous()
     elif weighting != "none":
-        lengths = segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
-        weights = _reduction_weights(*lengths, weighting)
+        weights = _reduction_weights(lengths_x, lengths_y, weighting)
     with torch.autocast(device.type, enabled=False):
         if not student.is_cpu:  # kernels are chosen and launched by the lengths
             longest_x = _longest(segments_x) if longest_x is None else longest_x
@@ -506,8 +506,10 @@ def _varlen(
             x, mask_x = _pad(student, segments_x[pairs[:, 0]], longest_x)
             y, mask_y = _pad(teacher, segments_y[pairs[:, 1]], longest_y)
             solved = reference.solve(x, y, projection, mask_x, mask_y, settings)
-            total = solved.loss.sum() if weights is None else solved.loss @ weights.to(solved.loss)
-            return OTTerms(total, *solved[2:])
+            exceeds = (lengths_x > x.shape[1]) | (lengths_y > y.shape[1])
+            loss = solved.loss.masked_fill(exceeds, math.nan)
+            total = loss.sum() if weights is None else loss @ weights.to(loss)
+            return OTTerms(total, loss, *solved[3:])
         most = len(pairs) * bounds[0] * _padded(bounds[1])
         uniform = entries == most
         entries = most if entries is None else entries

@@ -220,6 +220,28 @@ def test_packed_pairs_are_a_loop_over_problems(backend, rows, cols, epsilon, red
         assert (have - want).norm() <= 1e-4 * want.norm() + 6e-8 / epsilon
 
 
+@pytest.mark.parametrize("backend", ["reference", TRITON])
+def test_a_problem_beyond_the_bounds_is_nan(backend, monkeypatch):
+    # On a device, whose values are not read. On the CPU they are, and the call is refused.
+    monkeypatch.setattr(ot_loss, "_check_cu_seqlens", lambda *arguments: arguments[-1])
+    x = torch.randn(9, 4, device=device_of(backend), requires_grad=True)
+    cu_seqlens = torch.tensor([0, 3, 9])
+    for bounds in ((5, 6), (6, 5)):
+        loss = fused_ot_loss_varlen(
+            x,
+            x.detach(),
+            cu_seqlens_student=cu_seqlens,
+            cu_seqlens_teacher=cu_seqlens,
+            max_seqlen_student=bounds[0],
+            max_seqlen_teacher=bounds[1],
+            num_iters=3,
+            reduction="none",
+            backend=backend,
+        )
+        assert loss.isnan().tolist() == [False, True]
+        assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
+
+
 def test_weights_and_pairs_may_be_strided():
     x = torch.randn(9, 4, requires_grad=True)
     cu = torch.tensor([0, 4, 9])
