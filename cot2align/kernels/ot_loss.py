@@ -380,8 +380,7 @@ def _check_cu_seqlens(
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{name} must be [segments + 1], got shape {tuple(cu_seqlens.shape)}")
-    if not cu_seqlens.is_cpu and cu_seqlens.device != tokens.device:
-        raise ValueError(f"{name} is on {cu_seqlens.device}, its tokens on {tokens.device}")
+    _check_place(name, cu_seqlens, tokens.device)
     longest = name.replace("cu_seqlens", "max_seqlen")
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 0):
         raise ValueError(f"{longest} must be an int >= 0 or None, got {bound!r}")
@@ -397,6 +396,11 @@ def _check_cu_seqlens(
     if bound is not None and bound < most:
         raise ValueError(f"{longest} is {bound}, but a segment has {most} tokens")
     return most
+
+
+def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+    if not tensor.is_cpu and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the tokens on {device}")
 
 
 def _summary(cu_seqlens: Tensor) -> str:
@@ -420,6 +424,7 @@ def _check_pairs(
         raise TypeError(f"pairs must be an int tensor, got {getattr(pairs, 'dtype', pairs)}")
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must be [Q, 2], got shape {tuple(pairs.shape)}")
+    _check_place("pairs", pairs, device)
     if pairs.is_cpu and len(pairs) and not torch.compiler.is_compiling():
         most = pairs.max(0).values.tolist()
         if pairs.min() < 0 or most[0] >= segments_x or most[1] >= segments_y:
@@ -493,6 +498,7 @@ def _varlen(
     if isinstance(weighting, Tensor):
         if weighting.shape != pairs.shape[:1]:
             raise ValueError(f"weights must be [{len(pairs)}], got {list(weighting.shape)}")
+        _check_place("weights", weighting, device)
         weights = weighting.detach().to(device, torch.float32, non_blocking=True).contiguous()
     elif weighting != "none":
         weights = _reduction_weights(lengths_x, lengths_y, weighting)

@@ -689,6 +689,11 @@ def test_bad_packing_is_named():
     bad(TypeError, "cu_seqlens_teacher must be an int32", cu_seqlens_teacher=torch.tensor([0.0, 6]))
     pairs = torch.tensor([[0, 0]])
     bad(ValueError, "max_seqlen_student is 2, but", pairs=pairs, max_seqlen_student=2)
+    for name in ("cu_seqlens_student", "pairs", "weights"):  # a copy to the CPU would be read early
+        tensors = {"pairs": pairs, "weights": torch.ones(1), **good}
+        tensors[name] = tensors[name].to("meta")
+        how = {**tensors, "function": ot_loss.ot_loss_terms, "settings": reference.OTSettings()}
+        refused(ValueError, f"{name} is on meta, the tokens on cpu", x, y, **how)
 
 
 def test_reference_serves_without_the_native_module(monkeypatch):
