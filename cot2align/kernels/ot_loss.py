@@ -442,7 +442,6 @@ class _Texts(NamedTuple):
     tokens: Tensor  # [tokens, width]
     segments: Tensor  # int64 [texts, 2]: first token, number of tokens
     places: Tensor | None = None  # int64 [tokens], a permutation: where the texts' tokens stand
-    mask: Tensor | None = None  # bool [tokens]: those of a text, where others stand among them
 
 
 def _pack(tokens: Tensor, mask: Tensor | None, leave_out: bool) -> _Texts:
@@ -463,7 +462,7 @@ def _pack(tokens: Tensor, mask: Tensor | None, leave_out: bool) -> _Texts:
         return _Texts(packed, torch.stack((lengths.cumsum(0) - lengths, lengths), dim=1))
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     places = (first[:, None] + order).flatten()
-    return _Texts(flat, torch.stack((first, lengths), dim=1), places, mask.flatten())
+    return _Texts(flat, torch.stack((first, lengths), dim=1), places)
 
 
 def _reduction_weights(lengths_x: Tensor, lengths_y: Tensor, reduction: str) -> Tensor:
@@ -588,9 +587,9 @@ def _solve(
     by_student = 3 * len(x) * wide * narrow + (1 + backward) * sizes.entries * wide
     x, z = x.to(dtype), z.to(dtype)
     if projection is not None and by_teacher <= by_student:
-        z = _Project.apply(z, projection, teacher.mask)
+        z = _Project.apply(z, projection)
     elif projection is not None:
-        x = _Project.apply(x, projection.T, student.mask)
+        x = _Project.apply(x, projection.T)
     enabled = torch.is_grad_enabled()
     arguments = (
         *(x.contiguous(), z.contiguous(), student.places, teacher.places),
@@ -799,25 +798,28 @@ def _(
 
 class _Project(torch.autograd.Function):
     """tokens [T, a], matrix [a, b] -> [T, b], of the tokens' dtype; the matrix may have another,
-    in which it gets its gradient, summed in float32 over the tokens of the mask, a bool [T]."""
+    in which it gets its gradient, summed in float32."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, matrix: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(tokens, matrix, mask)
+    def forward(ctx: Any, tokens: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, matrix)
         return _matmul(tokens, matrix.to(tokens.dtype), tokens.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        tokens, matrix, mask = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        tokens, matrix = ctx.saved_tensors
         d_tokens = d_matrix = None
         if ctx.needs_input_grad[0]:
             d_tokens = _matmul(upstream, matrix.T.to(tokens.dtype), tokens.dtype)
         if ctx.needs_input_grad[1]:
-            if mask is not None:  # what stands elsewhere may be NaN
-                tokens = tokens.masked_fill(~mask[:, None], 0)
+            # Tokens that count nowhere, masked or of no problem, may be NaN. On the CPU the host
+            # sees whether there are any, and saves the copy.
+            count = upstream.any(1, keepdim=True)
+            if not tokens.is_cpu or torch.compiler.is_compiling() or not count.all():
+                tokens = tokens.masked_fill(~count, 0)
             d_matrix = _matmul(tokens.T, upstream, torch.float32).to(matrix.dtype)
-        return d_tokens, d_matrix, None
+        return d_tokens, d_matrix
 
 
 @torch.library.custom_op("cot2align::matmul", mutates_args=())

@@ -147,12 +147,12 @@ def solve(
         if n == 0 or m == 0:  # a side needs a position, if only a masked one
             x, y = F.pad(x, (0, 0, 0, 1)), F.pad(y, (0, 0, 0, 1))
             rows, cols = F.pad(rows, (0, 1)), F.pad(cols, (0, 1))
-        # What stands at a masked position may be NaN; zero times NaN would reach the gradient.
-        x = x.masked_fill(~rows[..., None], 0.0)
-        y = y.masked_fill(~cols[..., None], 0.0)
+        # What does not count may be NaN; zero times NaN would reach the gradient.
+        valid = rows.any(dim=1) & cols.any(dim=1)
+        x = x.masked_fill(~(rows & valid[:, None])[..., None], 0.0)
+        y = y.masked_fill(~(cols & valid[:, None])[..., None], 0.0)
         # A problem without tokens is solved as if all its (zero) tokens were there, and its loss
         # dropped.
-        valid = rows.any(dim=1) & cols.any(dim=1)
         rows, cols = rows | ~valid[:, None], cols | ~valid[:, None]
 
         z = y if projection is None else y @ projection.to(dtype)

@@ -342,6 +342,33 @@ def test_nan_stays_in_its_problem(broken, backend, grad):
         assert tensor.grad[1].isnan().any()
 
 
+@pytest.mark.parametrize("width", [5, 12])  # the teacher's tokens are projected, the student's
+@pytest.mark.parametrize("backend", ["native", "reference", TRITON])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_stands_in_texts_of_no_problem_changes_nothing(broken, backend, width):
+    tensors = [t.float().to(device_of(backend)) for t in direct.problem(12, 12, width, 8)]
+    every = torch.ones(3, 4, dtype=torch.bool, device=device_of(backend))
+    without = every.clone()
+    without[1] = False
+    cu = torch.tensor([0, 4, 8, 12])
+    packed = {"cu_seqlens_student": cu, "cu_seqlens_teacher": cu}
+    packed["pairs"] = torch.tensor([[0, 0], [2, 2], [0, 2]])
+    how = {"num_iters": 3, "backend": backend}
+
+    def gradients(fill):
+        leaves = x, y, p = [t.clone() for t in tensors]
+        x[4:8] = y[4:8] = fill
+        x, y, p = (t.requires_grad_() for t in leaves)
+        for mask_x, mask_y in ((every, without), (without, every)):
+            masks = {"student_mask": mask_x, "teacher_mask": mask_y}
+            loss = fused_ot_loss(x.view(3, 4, -1), y.view(3, 4, -1), p, **masks, **how)
+            yield from torch.autograd.grad(loss, leaves)
+        yield from torch.autograd.grad(fused_ot_loss_varlen(x, y, p, **packed, **how), leaves)
+
+    for got, expected in zip(gradients(broken), gradients(0.0), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("backend", ["native", "reference", TRITON])
 def test_no_valid_problem_is_a_connected_zero(backend):
     to = device_of(backend)
