@@ -116,6 +116,8 @@ def _triton_lacks(device: Device) -> str | None:
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return "it takes CUDA tensors, and others under TRITON_INTERPRET=1, set before the import"
+    if torch.version.hip:
+        return "it is compiled and checked for NVIDIA GPUs, this PyTorch is built for AMD's"
     if device.capability < SMALLEST_CAPABILITY:
         return "it needs compute capability {}.{}, this is {}.{}".format(
             *SMALLEST_CAPABILITY, *device.capability

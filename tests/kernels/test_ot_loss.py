@@ -642,6 +642,16 @@ def test_an_old_triton_is_refused(monkeypatch, version, why):
     assert backends.choose(h200, 10, 10).backend == "triton"
 
 
+def test_a_gpu_of_amd_gets_the_reference(monkeypatch):
+    monkeypatch.setattr(backends, "TRITON", backends.OLDEST_TRITON)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    mi300 = backends.Device("cuda", (9, 4))
+    for size in (10, 500):
+        assert backends.choose(mi300, size, size).backend == "reference"
+        for backend in ("triton", "cuda"):
+            assert "this PyTorch is built for AMD's" in backends.refusal(backend, mi300, size, size)
+
+
 def test_memory_stays_with_a_few_matrices_a_thread():
     # 40 problems of 256 x 256: the tape of 100 iterations holds 2 GiB, two matrices per thread
     # and the vectors' history 2.5 MiB.
