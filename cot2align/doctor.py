@@ -158,20 +158,6 @@ def _backend_lines(entries: list[Facts]) -> list[str]:
     return lines
 
 
-def covers(archs: str, capability: str) -> bool:
-    """Whether code for `archs` ("8.0 9.0 10.0+PTX") runs on a device of that compute capability."""
-    major, minor = map(int, capability.split("."))
-    for arch in archs.split():
-        number, _, ptx = arch.partition("+")
-        built = tuple(map(int, number.rstrip("af").split(".")))
-        specific = number[-1] in "af"
-        if built == (major, minor) or (built[0] == major and built[1] <= minor and not specific):
-            return True
-        if ptx and built <= (major, minor) and not specific:
-            return True
-    return False
-
-
 def advice(facts: Facts) -> list[str]:
     """One line for each thing that is missing or does not fit, with what to do about it."""
     native, torch, cuda = facts["native"], facts["torch"], facts["cuda"]
@@ -195,8 +181,7 @@ def advice(facts: Facts) -> list[str]:
         lines.append(f"the compiled module is of version {build['version']}: build it again")
     if not build["openmp"]:
         lines.append("the CPU part runs on one thread: build it with a compiler that has OpenMP")
-    if facts["devices"] and not build["cuda"]:
-        lines.append("no CUDA part: put nvcc on PATH or set CUDA_HOME, then build it again")
+    lines += _cuda_part(facts)
     driver, runtime = cuda["driver"], cuda["runtime"]
     if driver and runtime and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
         lines.append(
@@ -210,8 +195,23 @@ def advice(facts: Facts) -> list[str]:
             if torch["cuda"]
             else "this PyTorch is built for the CPU only: install its CUDA build"
         )
-    for device in facts["devices"] if build["cuda"] else []:
-        if not covers(build["cuda_archs"], device["capability"]):
+    return lines
+
+
+def _cuda_part(facts: Facts) -> list[str]:
+    """What the devices that it can serve need of the CUDA part."""
+    if not facts["torch"]["cuda"]:  # broken, for the CPU only, or for AMD's GPUs
+        return []
+    from cot2align.kernels.cuda_sinkhorn import MAJORS, runs
+
+    build, lines = facts["native"]["build"], []
+    for device in facts["devices"]:
+        major, minor = map(int, device["capability"].split("."))
+        if major not in MAJORS:
+            continue
+        if not build["cuda"]:
+            return ["no CUDA part: put nvcc on PATH or set CUDA_HOME, then build it again"]
+        if not any(runs(arch, (major, minor)) for arch in build["cuda_archs"].split()):
             lines.append(
                 f"{device['device']} has compute capability {device['capability']}, built were "
                 f"{build['cuda_archs']}: build with TORCH_CUDA_ARCH_LIST={device['capability']}"

@@ -35,7 +35,7 @@ def machine(**changes: Any) -> doctor.Facts:
                 "instruction_set": "avx2",
                 "openmp": True,
                 "cuda": True,
-                "cuda_archs": "8.0 9.0 10.0+PTX",
+                "cuda_archs": "9.0 10.0",
             },
         },
         "torch": {"cuda": "13.0", "devices": [H200], "error": None},
@@ -118,21 +118,16 @@ def test_what_is_missing_comes_with_what_to_do(changes: dict[str, Any], words: l
     assert line in doctor.table(machine(**changes))
 
 
-@pytest.mark.parametrize(
-    ("archs", "capability", "runs"),
-    [
-        ("8.0 9.0", "9.0", True),
-        ("8.0", "8.6", True),
-        ("8.6", "8.0", False),
-        ("8.0", "9.0", False),
-        ("8.0+PTX", "9.0", True),
-        ("9.0a", "9.0", True),
-        ("10.0a+PTX", "12.0", False),
-        ("9.0+PTX", "8.0", False),
-    ],
-)
-def test_which_devices_an_architecture_covers(archs: str, capability: str, runs: bool) -> None:
-    assert doctor.covers(archs, capability) is runs
+@pytest.mark.parametrize("built", [{"cuda": False, "cuda_archs": ""}, {"cuda_archs": "9.0 10.0"}])
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
+def test_no_cuda_part_is_advised_that_would_not_serve(capability: str, built: Any) -> None:
+    devices = [H200 | {"capability": capability}]
+    changes = {f"native__build__{name}": value for name, value in built.items()}
+    assert machine(devices=devices, torch__devices=devices, **changes)["advice"] == []
+
+
+def test_no_cuda_part_is_advised_for_gpus_of_amd() -> None:
+    assert machine(native__build__cuda=False, torch__cuda=None)["advice"] == []
 
 
 @pytest.mark.parametrize(

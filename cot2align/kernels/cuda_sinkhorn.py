@@ -13,6 +13,7 @@ from torch import Tensor
 from cot2align.kernels.native import _native, missing
 
 GRADIENTS = ("none", "unrolled", "implicit", "detached")
+MAJORS = (9, 10)  # of the compute capabilities that it is written for
 
 
 def fits(max_n: int, max_m: int, capability: tuple[int, int]) -> str | None:
@@ -23,16 +24,16 @@ def fits(max_n: int, max_m: int, capability: tuple[int, int]) -> str | None:
     archs = _native.build_info()["cuda_archs"].split()
     if not archs:
         return "the native module was built without CUDA"
-    if capability[0] not in (9, 10):
+    if capability[0] not in MAJORS:
         return f"compute capability {capability[0]}.{capability[1]} is neither 9 nor 10"
-    if not any(_runs(arch, capability) for arch in archs):
+    if not any(runs(arch, capability) for arch in archs):
         return f"built for {', '.join(archs)}, not for {capability[0]}.{capability[1]}"
     if _native.cuda_cluster_size(max_n, max_m) == 0:
         return f"{max_n} x {max_m} does not fit in a cluster of 8 blocks"
     return None
 
 
-def _runs(arch: str, capability: tuple[int, int]) -> bool:
+def runs(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for arch, like "9.0" or "9.0+PTX", has clusters and runs on this capability."""
     major, minor = arch.removesuffix("+PTX").split(".")
     built = int(major), int(minor.rstrip("af"))

@@ -250,6 +250,24 @@ def test_fits():
     assert "12.0" in str(cuda_sinkhorn.fits(64, 64, (12, 0)))
 
 
+@pytest.mark.parametrize(
+    ("arch", "capability", "runs"),
+    [
+        ("9.0", (9, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0", (10, 3), True),
+        ("10.3", (10, 0), False),
+        ("10.0a", (10, 3), False),
+        ("9.0", (10, 0), False),
+        ("9.0+PTX", (10, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("8.0+PTX", (9, 0), False),  # without clusters there is no kernel
+    ],
+)
+def test_which_devices_an_architecture_runs_on(arch, capability, runs):
+    assert cuda_sinkhorn.runs(arch, capability) is runs
+
+
 @pytest.mark.skipif(not built, reason="built without CUDA")
 def test_wrapper_names_what_is_wrong():
     packed = Packed([similarity(8, 8)])
