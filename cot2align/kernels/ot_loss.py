@@ -135,8 +135,9 @@ def fused_ot_loss_varlen(
             pairs[q, 1]; None: segment with segment. A token is projected once, however many
             problems it is in.
         max_seqlen_student, max_seqlen_teacher: bounds of the lengths, known on the host. They are
-            read from the device, once, where cu_seqlens is there and they are not given. A problem
-            that is longer than a given bound has loss NaN.
+            read from the device, once, where cu_seqlens is there and they are not given;
+            `torch.compile(fullgraph=True)` on a GPU needs them. A problem that is longer than a
+            given bound has loss NaN.
 
     Returns a float32 scalar, [Q] for `reduction="none"` (eq. 9-14 for each pair). Raises ValueError
     or TypeError as `fused_ot_loss` does; the values of cu_seqlens and pairs are checked on the CPU
@@ -503,8 +504,8 @@ def _varlen(
         weights = _reduction_weights(lengths_x, lengths_y, weighting)
     with torch.autocast(device.type, enabled=False):
         if not student.is_cpu:  # kernels are chosen and launched by the lengths
-            longest_x = _longest(segments_x) if longest_x is None else longest_x
-            longest_y = _longest(segments_y) if longest_y is None else longest_y
+            longest_x = _longest(cu_seqlens[0].diff()) if longest_x is None else longest_x
+            longest_y = _longest(cu_seqlens[1].diff()) if longest_y is None else longest_y
         bounds = longest_x or 0, longest_y or 0
         backend = choose_backend(settings.backend, student, teacher, projection, bounds=bounds)
         if backend == "reference":
@@ -523,9 +524,9 @@ def _varlen(
         return _solve(*texts, projection, pairs, weights, sizes, settings, backend)
 
 
-def _longest(segments: Tensor) -> int:
-    """Read from the device."""
-    return int(segments[:, 1].amax()) if len(segments) else 0
+def _longest(lengths: Tensor) -> int:
+    """Read from where the lengths are."""
+    return int(lengths.amax()) if len(lengths) else 0
 
 
 def _pad(tokens: Tensor, segments: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
@@ -534,7 +535,7 @@ def _pad(tokens: Tensor, segments: Tensor, length: int | None) -> tuple[Tensor, 
     Without a bound from the host the longest length is read from the device.
     """
     if length is None:
-        length = _longest(segments)
+        length = _longest(segments[:, 1])
     step = torch.arange(length, device=tokens.device)
     mask = step < segments[:, 1:]
     index = torch.where(mask, segments[:, :1] + step, len(tokens))

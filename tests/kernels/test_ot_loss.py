@@ -612,6 +612,43 @@ def test_compiles_without_graph_breaks(backend, reduction):
         assert direct.relative(have, want) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("backend", "bounded"),
+    [
+        *(("native", False), ("native", True), ("reference", True)),
+        pytest.param("triton", True, marks=TRITON.marks),
+    ],
+)
+def test_packed_texts_compile_without_graph_breaks(backend, bounded):
+    tensors = [t.float().to(device_of(backend)) for t in direct.problem(9, 12)]
+    how = {"max_seqlen_student": 5, "max_seqlen_teacher": 8} if bounded else {}
+    how |= {"num_iters": 20, "tol": 0.0, "backend": backend}
+    how["pairs"] = torch.tensor([[0, 0], [1, 0], [1, 1]])
+
+    def loss(x, y, p, cu_x, cu_y):
+        cu_seqlens = {"cu_seqlens_student": cu_x, "cu_seqlens_teacher": cu_y}
+        return fused_ot_loss_varlen(x, y, p, **cu_seqlens, **how)
+
+    def gradients(loss):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        value = loss(*leaves, torch.tensor([0, 4, 9]), torch.tensor([0, 8, 12]))
+        return value, *torch.autograd.grad(value, leaves)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for have, want in zip(gradients(compiled), gradients(loss), strict=True):
+        assert direct.relative(have, want) < 1e-5
+
+
+def test_lengths_are_read_where_cu_seqlens_is(monkeypatch):
+    # A meta tensor has no values: reading one raises. Nor has it an autocast.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    x, cu_seqlens = torch.empty(9, 4, device="meta"), torch.tensor([0, 4, 9])
+    cu_seqlens = {"cu_seqlens_student": cu_seqlens, "cu_seqlens_teacher": cu_seqlens}
+    how = {"tol": 0.0, "num_iters": 1, "backend": "reference"}
+    assert fused_ot_loss_varlen(x, x, **cu_seqlens, **how).shape == ()
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the choice is then another")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_choice_for_a_gpu_compiles_without_graph_breaks(dynamic):
