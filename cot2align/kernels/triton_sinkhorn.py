@@ -489,6 +489,13 @@ PRODUCTS = {
     torch.bfloat16: Block(64, 128, 32, 4, 3),
 }
 
+
+def products_for(dtype: torch.dtype, capability: int) -> Block:
+    """The blocks of `_products` on a GPU of this major capability."""
+    block = PRODUCTS[dtype]
+    return block._replace(warps=8) if capability >= 12 else block  # where 4 warps spill
+
+
 CORES = {"triton": "triton_streamed", "cuda": "cuda_sinkhorn"}
 
 launches: Counter[str] = Counter()  # by kernel, since the import
@@ -629,10 +636,16 @@ def ot_loss(
         dx = dz = x.new_empty(0, dtype=gradient_dtype(x.dtype))
         if gradient != "none" and need_x:
             sides = (z, x, index_z, index_x)
-            dx = _product(matrix, *sides, segments_x, pairs[:, 0], problems, max_n, scale, False)
+            dx = _product(
+                *(matrix, *sides, segments_x, pairs[:, 0], problems),
+                *(max_n, scale, False, capability),
+            )
         if gradient != "none" and need_z:
             sides = (x, z, index_x, index_z)
-            dz = _product(matrix, *sides, segments_z, pairs[:, 1], problems, max_m, scale, True)
+            dz = _product(
+                *(matrix, *sides, segments_z, pairs[:, 1], problems),
+                *(max_m, scale, True, capability),
+            )
     return loss, iterations, marginal_error, dx, dz
 
 
@@ -653,13 +666,14 @@ def _product(
     longest: int,
     scale: float,
     transposed: bool,
+    capability: int,
 ) -> Tensor:
     """The gradient of the tokens `like`; 0 for those of no problem."""
     output = torch.zeros_like(like, dtype=gradient_dtype(like.dtype))
     by_segment = segment_of.argsort(stable=True)
     bins = torch.arange(len(segments) + 1, device=like.device)
     starts = torch.searchsorted(segment_of[by_segment], bins)
-    block, dim = PRODUCTS[like.dtype], like.shape[1]
+    block, dim = products_for(like.dtype, capability), like.shape[1]
     tiles, widths = triton.cdiv(longest, block.rows), triton.cdiv(dim, block.cols)
     _launch(
         _products,

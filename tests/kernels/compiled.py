@@ -16,8 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Bytes of shared memory that a block may have.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes of shared memory that a block may have, by compute capability: those that are checked.
+SHARED_MEMORY = {
+    capability: kib * 1024
+    for capability, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def compile(
     max_registers: int | None = None,
 ) -> Compiled:
     """kernel: a `triton.jit` function; signature: {"x_ptr": "*fp32", "n": "i32", ...} without the
-    constexprs; capability: 80, 90 or 100.
+    constexprs; capability: a key of SHARED_MEMORY.
 
     Pointers are taken to be 16-byte aligned, as torch's are, and the integers named in `divisible`
     to be multiples of 16; max_registers: `maxnreg` of the launch. Raises what the compiler raises.

@@ -1,4 +1,4 @@
-"""The Triton backend: tiles, launches, 16-bit tokens; and every kernel compiled for three GPUs.
+"""The Triton backend: tiles, launches, 16-bit tokens; and every kernel compiled for six GPUs.
 
 Run on a GPU, or interpreted in a process of its own:
 
@@ -314,7 +314,7 @@ def configurations(capability):
         constants = {"ROWS": block.rows, "COLS": block.cols, "DEPTH": block.depth, "UPCAST": False}
         for some in (constants, constants | IN_ORDER):
             yield sinkhorn._similarity, dtype, some, how
-        block = sinkhorn.PRODUCTS[dtype]
+        block = sinkhorn.products_for(dtype, capability // 10)
         how = (block.warps, block.stages, ("dim",), sinkhorn.registers(block.warps))
         for transposed in (False, True):
             constants = {
@@ -326,14 +326,18 @@ def configurations(capability):
 
 
 def chosen(capability):
-    """Of all of them: for sm_90 the largest tiles in bfloat16 and the products, else fewer."""
+    """Of all of them: for sm_90 the largest tiles in bfloat16 and the products, else fewer; where
+    there is less shared memory, what takes most of it, and the products of sm_120."""
     every = list(configurations(capability))
     if os.environ.get("COMPILE_ALL") == "1":
         return every
     kept = []
     for kernel, dtype, constants, how in every:
         gradient, cols = constants.get("GRADIENT"), constants.get("COLS")
-        if kernel is sinkhorn._fused:
+        if capability in (86, 89, 120):
+            keep = dtype != torch.float32 and "index_x" in constants and constants["ROWS"] == 128
+            keep |= capability == 120 and kernel is sinkhorn._products and dtype == torch.float16
+        elif kernel is sinkhorn._fused:
             tiles = sinkhorn.tiles_for(gradient, constants["LOG"], capability // 10)
             keep = (
                 (dtype == torch.bfloat16 and cols == tiles[-1].cols)
@@ -348,7 +352,7 @@ def chosen(capability):
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_compiles_without_spills(capability):
     from tests.kernels.compiled import SHARED_MEMORY, compile
 

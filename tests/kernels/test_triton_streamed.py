@@ -374,7 +374,9 @@ GRADIENTS = {
 }
 SIZES = [(90, 512), (100, 4096), (90, 8192)]
 if os.environ.get("COMPILE_ALL") == "1":
-    SIZES = [(gpu, cols) for gpu in (80, 90, 100) for cols in (*triton_streamed.TILES, 8192)]
+    SIZES = [
+        (gpu, cols) for gpu in (80, 86, 89, 90, 100, 120) for cols in (*triton_streamed.TILES, 8192)
+    ]
 
 
 def kernels(cols):
