@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -840,16 +841,30 @@ def _(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
+_tf32_switch = threading.Lock()
+
+
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    switch: Any = torch.backends.cuda.matmul
-    name: str = "allow_tf32"
-    value: Any = False
-    if hasattr(switch, "fp32_precision"):  # PyTorch 2.9, which refuses a mixture of the two
-        name, value = "fp32_precision", "ieee"
-    before = getattr(switch, name)
-    setattr(switch, name, value)
-    try:
-        yield
-    finally:
-        setattr(switch, name, before)
+    """Without TF32. The switch is the process's: a thread waits for the others, and leaves it alone
+    where it is off."""
+    matmul: Any = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # PyTorch 2.9, which refuses a mixture of the two
+    with _tf32_switch:
+        before = matmul.fp32_precision if new else torch.get_float32_matmul_precision()
+        if before in ("none", "ieee", "highest"):
+            yield
+            return
+        if new:
+            matmul.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            if not new:
+                torch.set_float32_matmul_precision(before)
+            else:
+                matmul.fp32_precision = "none"  # follows torch.backends.fp32_precision
+                if matmul.fp32_precision != before:
+                    matmul.fp32_precision = before

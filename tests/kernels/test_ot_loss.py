@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -504,6 +506,72 @@ def test_autocast_leaves_the_backward_pass_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (got,) = torch.autograd.grad(loss, p)
     assert torch.equal(got, expected)
+
+
+def tf32_state():
+    """The setting that products follow, and the older ones where reading them is allowed."""
+    state = [getattr(torch.backends.cuda.matmul, "fp32_precision", None)]
+    for read in (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ):
+        try:
+            state.append(read())
+        except RuntimeError:
+            state.append("refused")
+    return state
+
+
+@pytest.fixture
+def tf32_switches():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        if hasattr(backend, "fp32_precision"):
+            backend.fp32_precision = "none"
+
+
+def tf32_by(way):
+    if way == "precision":
+        torch.set_float32_matmul_precision("medium")
+    elif way == "allow_tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    elif not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("from PyTorch 2.9 on")
+    elif way == "matmul":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.backends.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("way", ["precision", "allow_tf32", "matmul", "all"])
+def test_tf32_switches_are_left_as_they_were(tf32_switches, way):
+    tf32_by(way)
+    before = tf32_state()
+    with ot_loss._full_precision():
+        assert tf32_state()[0] in (None, "ieee")
+    assert tf32_state() == before
+    if way == "all":  # still the only one to be set
+        torch.backends.fp32_precision = "ieee"
+        assert tf32_state()[0] == "ieee"
+
+
+def test_threads_wait_for_the_tf32_switch(tf32_switches):
+    tf32_by("allow_tf32")
+    before, seen = tf32_state(), []
+
+    def product(seconds):
+        with ot_loss._full_precision():
+            time.sleep(seconds)
+            seen.append(tf32_state()[0])
+
+    threads = [threading.Thread(target=product, args=(0.02 * i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tf32_state() == before
+    assert not {"tf32"} & set(seen)
 
 
 @pytest.mark.parametrize("backend", [TRITON])
