@@ -26,6 +26,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -62,7 +63,7 @@ from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.mined import TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.models import Tokenizer, body_states, load_tokenizer, width
 from cot2align.train.study import stage_to_check
-from cot2align.train.teacher import TeacherCache
+from cot2align.train.teacher import TeacherCache, own_precision
 from cot2align.train.token_states import model_inputs
 from cot2align.train.trainer import DistillTrainer, training_arguments
 
@@ -372,11 +373,13 @@ class _Predictor:
             texts = [Text([0] * n, 1) for n in (length, length - 1)]
             batch = model_batch(texts, packed=self.config.padding_free)
             inputs = self.trainer._prepare_inputs(model_inputs(batch))
+            device = self.trainer.args.device
+            precision = nullcontext() if trains else own_precision(model, device)
             with (
                 torch.set_grad_enabled(trains),
                 CountedBytes([*known, *inputs.values()]) as counted,
             ):
-                with self.trainer.compute_loss_context_manager():
+                with self.trainer.compute_loss_context_manager(), precision:
                     last = body_states(model, **inputs)[-1]
                 if not trains:
                     found.append([counted.peak])
@@ -509,9 +512,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _available(device: torch.device) -> int:
-    """Bytes of the device's memory, or that the system would give."""
+    """Bytes that this process has or may get: of the GPU's memory, or of the system's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return 2**63

@@ -31,7 +31,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,10 @@ def teacher_states(
     teacher: PreTrainedModel, batch: dict[str, Any], layers: Sequence[str] = ()
 ) -> TokenStates:
     """What the teacher says of a `data.model_batch`: from the batch's cached "states" where it has
-    them (`teacher` may be a shell then), else from the model.
-
-    A teacher in reduced precision runs without autocast, as it does for the cache.
-    """
+    them (`teacher` may be a shell then), else from the model."""
     cached = batch.get("states")
     if cached is None:
-        reduced = teacher.dtype != torch.float32
-        device = batch["input_ids"].device.type
-        with torch.autocast(device, enabled=False) if reduced else nullcontext():
+        with own_precision(teacher, batch["input_ids"].device):
             return token_states(teacher, batch, layers)
     depth = teacher.config.get_text_config().num_hidden_layers
     packed = {}
@@ -98,6 +93,12 @@ def teacher_states(
             states = embedding_states(teacher, batch)
             packed[name] = states.flatten(0, 1).index_select(0, batch["positions"])
     return packed_states(teacher, batch, packed)
+
+
+def own_precision(teacher: PreTrainedModel, device: torch.device) -> AbstractContextManager:
+    """A teacher in reduced precision runs without autocast, as it does for the cache."""
+    reduced = teacher.dtype != torch.float32
+    return torch.autocast(device.type, enabled=False) if reduced else nullcontext()
 
 
 def embedding_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:

@@ -32,13 +32,14 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Sampler
@@ -316,12 +317,21 @@ class DistillTrainer(Trainer):
         self.add_callback(self.progress)
 
         if self.is_fsdp_enabled:
-            # accelerate's policy would round what `forward` returns; autocast is there without it.
+            # It would round what `forward` returns, and keep no weight in float32; autocast does.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if self.is_fsdp_enabled and config.generate_rows:
             raise UserError("'generate_rows' does not go with FSDP; evaluate the saved model")
         if self.is_deepspeed_enabled:
             self._prepare_for_deepspeed()
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> AbstractContextManager:
+        """Autocast around every forward pass: accelerate's own is in the forward method of a model
+        that is prepared for training without FSDP2, and nowhere else."""
+        # A cache would keep a whole copy of the weights that FSDP2 shards.
+        kept = bool(cache_enabled) and not self.is_fsdp_enabled
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=kept))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if not self.config.group_by_length:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cot2align.kernels.ot_loss import fused_ot_loss
+from cot2align.train import check, trainer
+from cot2align.train import distiller as distiller_module
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.distiller import build_distiller
@@ -60,6 +62,32 @@ def test_ot_of_large_half_precision_states(dtype, epsilon) -> None:
     loss.backward()
     assert loss.isfinite()
     assert all(tensor.grad.isfinite().all() for tensor in (student, teacher, projection))
+
+
+def test_all_forward_passes_have_autocast(distill_settings, workspace, tmp_path, monkeypatch):
+    """Where accelerate does not put it: around FSDP2's, in `check`, and in generation."""
+    seen: dict[str, set[bool]] = {}
+
+    def watched(owner: object, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            is_bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16
+            seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu") and is_bf16)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    watched(trainer.DistillTrainer, "compute_loss")
+    watched(trainer, "predict")
+    mixed = {**distill_settings, "bf16": "true", "max_steps": 1}
+    sampled = {"eval": workspace.test, "generate_rows": 1, "max_new_tokens": 2}
+    assert cli("distill", output=tmp_path / "run", **mixed, **sampled) == 0
+    watched(distiller_module.Distiller, "forward")
+    watched(check, "body_states")
+    assert cli("check", **mixed) == 0
+    names = ("compute_loss", "predict", "forward", "body_states")
+    assert seen == {name: {True} for name in names}
 
 
 @pytest.mark.parametrize(
