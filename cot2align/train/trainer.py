@@ -99,7 +99,7 @@ from cot2align.train.evaluate import predict, samples_table
 from cot2align.train.files import write_whole
 from cot2align.train.generation import Generator
 from cot2align.train.losses.mined import TokenAligner
-from cot2align.train.models import Tokenizer, load_tokenizer
+from cot2align.train.models import Tokenizer, device_of, load_tokenizer
 from cot2align.train.teacher import TeacherCache
 
 SAMPLES_FOLDER = "samples"
@@ -215,9 +215,9 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Trainer's settings. Raises UserError for several GPUs in one process (nn.DataParallel), and
-    for fp16 without a GPU."""
-    if config.fp16 and (config.device == "cpu" or not torch.cuda.is_available()):
+    """Trainer's settings. Raises UserError for fp16 without a GPU."""
+    on_cpu = device_of(config.device).type == "cpu"
+    if config.fp16 and on_cpu:
         raise UserError("'fp16' needs a GPU: its loss scale is made for one; on a CPU use 'bf16'")
     evaluates = config.eval is not None
     arguments = TrainingArguments(
@@ -235,7 +235,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         seed=config.seed,
         bf16=config.bf16,
         fp16=config.fp16,
-        use_cpu=config.device == "cpu",
+        use_cpu=on_cpu,
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -245,7 +245,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         eval_steps=config.eval_steps if evaluates else None,
         prediction_loss_only=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+        dataloader_pin_memory=not on_cpu,
         report_to=_trackers(config) or "none",
         disable_tqdm=False,
     )

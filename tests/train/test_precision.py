@@ -8,12 +8,13 @@ import torch
 from cot2align.kernels.ot_loss import fused_ot_loss
 from cot2align.train import check, trainer
 from cot2align.train import distiller as distiller_module
+from cot2align.train.__main__ import main
 from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.distiller import build_distiller
 from cot2align.train.losses.mined import TokenAligner
 from cot2align.train.models import load_tokenizer
-from tests.conftest import cli
+from tests.conftest import cli, options
 
 
 @pytest.mark.parametrize("kd", ["none", "kl", "uld", "mined", "dskd"])
@@ -102,6 +103,13 @@ def test_all_forward_passes_have_autocast(distill_settings, workspace, tmp_path,
 def test_refused_on_a_cpu(changed, said, distill_settings, tmp_path, capsys) -> None:
     assert cli("distill", output=tmp_path / "out", **distill_settings, **changed) == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device would be the GPU")
+def test_the_device_auto_without_a_gpu(distill_settings) -> None:
+    """bf16 is a GPU's to Trainer, unless it is told that there is none."""
+    settings = {**distill_settings, "bf16": "true", "dry_run": "off", "device": "auto"}
+    assert main(["check", *options(**settings)]) == 0
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
