@@ -34,6 +34,7 @@ COMMANDS = {
     "new-model": ("an untrained small model from rows", "config:NewModelConfig", "new_model"),
     "demo": ("the whole chain on generated data", "demo:DemoConfig", "demo"),
 }
+TRAININGS = ("sft", "distill")
 PROG = "python -m cot2align.train"
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if argv else 2
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
+        if argv[0] not in TRAININGS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"{argv[0]} runs in one process; only sft and distill take several")
         config = parse_command_line(config_class(argv[0]), f"{PROG} {argv[0]}", argv[1:])
         run_module(argv[0]).run(config)
     except UserError as error:

@@ -27,12 +27,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cot2align.train.__main__ import COMMANDS, config_class
+from cot2align.train.__main__ import COMMANDS, TRAININGS, config_class
 from cot2align.train.config import RecipeConfig, UserError, build, merged, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-TRAININGS = ("sft", "distill")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from typing import IO, Any, cast
 
 import yaml
 
-from cot2align.train.__main__ import handled, interrupt_ends_process, run_module
+from cot2align.train.__main__ import TRAININGS, handled, interrupt_ends_process, run_module
 from cot2align.train.config import (
     CheckConfig,
     RecipeCheck,
@@ -44,7 +44,7 @@ from cot2align.train.config import (
     to_yaml,
 )
 from cot2align.train.files import write_whole
-from cot2align.train.recipe import TRAININGS, Plan, Stage, make_plan
+from cot2align.train.recipe import Plan, Stage, make_plan
 from cot2align.train.worker import DONE, free_memory
 
 RECIPE_FILE = "recipe.yaml"

@@ -235,8 +235,6 @@ class TeacherCache:
 def run(config: CacheConfig) -> dict[str, Any]:
     """Write the cache; returns {"output", "texts", "written", "bytes"}: texts of the whole cache
     and of this call, and the size of all states on disk. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("cache runs in one process; several may cache parts of the rows")
     transformers_logging.set_verbosity_error()
     tokenizer = load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code)
     folder = Path(config.output)

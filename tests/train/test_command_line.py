@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cot2align.train import config as config_module
-from cot2align.train.__main__ import COMMANDS, main
+from cot2align.train.__main__ import COMMANDS, TRAININGS, main
 from cot2align.train.config import (
     AugmentConfig,
     CacheConfig,
@@ -151,6 +151,12 @@ def test_bad_words(refused) -> None:
     assert "unexpected argument 'x'" in refused(["sft", "--seed", "1", "x"])
     assert "config file nowhere.yaml: No such file" in refused(["sft", "--config", "nowhere.yaml"])
     assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - TRAININGS))
+def test_only_trainings_take_several_processes(command, refused, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"{command} runs in one process; only sft and distill" in refused([command])
 
 
 @pytest.mark.parametrize("epsilon", ["0", "-0.1"])
