@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -179,6 +180,8 @@ class _Runner:
         self.children: set[subprocess.Popen] = set()
         self.stopping = False
         self.starting = threading.Lock()  # of idle, children and stopping
+        gpus = _visible_gpus() if config.jobs > 1 else []
+        self.gpus = itertools.cycle(gpus) if len(gpus) > 1 else None
         self.begin = time.perf_counter()
 
     def run(self) -> None:
@@ -293,7 +296,9 @@ class _Runner:
                 command = [*launcher, "-m", "cot2align.train", *words]
                 code = self._child(command, stdout=file, stderr=subprocess.STDOUT).wait()
             else:
-                worker = self._idle_worker() or _Worker(self._child, file)
+                worker = self._idle_worker() or _Worker(
+                    partial(self._child, env=self._share()), file
+                )
                 code = worker.run(words, log)
                 if not code:
                     self._give_back(worker)
@@ -317,17 +322,21 @@ class _Runner:
             if self.stopping:
                 worker.close()
 
-    def _child(self, command: list[str], **streams: Any) -> subprocess.Popen:
+    def _share(self) -> dict[str, str]:
+        """The environment of the next worker: its share of the cores, and one of several GPUs."""
         threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
+        gpu = {"CUDA_VISIBLE_DEVICES": next(self.gpus)} if self.gpus else {}
+        return {"OMP_NUM_THREADS": str(threads), **os.environ, **gpu}
+
+    def _child(self, command: list[str], **options: Any) -> subprocess.Popen:
         with self.starting:
             if self.stopping:
                 raise UserError("not started: the study ends")
             child = subprocess.Popen(
                 command,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
                 # A child that outlives this process keeps others away.
                 pass_fds=(self.lock,),
-                **streams,
+                **options,
             )
             self.children.add(child)
         return child
@@ -337,6 +346,16 @@ class _Runner:
 
     def _record(self, stage: Stage, record: dict[str, Any]) -> None:
         write_whole(self._path(stage, "json"), json.dumps(record) + "\n")
+
+
+def _visible_gpus() -> list[str]:
+    """By the names that CUDA_VISIBLE_DEVICES takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",")]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 class _Worker:

@@ -215,7 +215,8 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Trainer's settings. Raises UserError for fp16 without a GPU."""
+    """Trainer's settings; of several GPUs one process takes one. Raises UserError for fp16 without
+    a GPU."""
     on_cpu = device_of(config.device).type == "cpu"
     if config.fp16 and on_cpu:
         raise UserError("'fp16' needs a GPU: its loss scale is made for one; on a CPU use 'bf16'")
@@ -250,10 +251,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         disable_tqdm=False,
     )
     if arguments.n_gpu > 1:
-        raise UserError(
-            f"{arguments.n_gpu} GPUs in one process: start one process each with torchrun or "
-            "accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
-        )
+        print(f"1 of {arguments.n_gpu} GPUs is used; torchrun starts a process for each")
+        arguments._n_gpu = 1  # not nn.DataParallel
     return arguments
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import signal
@@ -291,11 +292,20 @@ def test_slow_tokenizer(distill, monkeypatch) -> None:
     assert "is not a fast tokenizer" in distill()
 
 
-def test_several_gpus_in_one_process(distill, monkeypatch) -> None:
-    from transformers import TrainingArguments
+def test_one_of_several_gpus_is_used(distill_settings, tmp_path, monkeypatch, capsys) -> None:
+    from cot2align.train import trainer
 
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    assert "2 GPUs in one process: start one process each" in distill()
+    class TwoGPUs(trainer.TrainingArguments):
+        @functools.cached_property
+        def _setup_devices(self):
+            device = super()._setup_devices
+            self._n_gpu = 2
+            return device
+
+    monkeypatch.setattr(trainer, "TrainingArguments", TwoGPUs)
+    settings = {**distill_settings, "max_steps": 1}
+    assert cli("distill", output=tmp_path / "out", **settings) == 0
+    assert "1 of 2 GPUs is used; torchrun starts" in capsys.readouterr().out
 
 
 def test_backend_of_another_device(distill) -> None:

@@ -461,6 +461,29 @@ def test_workers_of_a_study(data, tmp_path) -> None:
         assert [worker.process.returncode for worker in workers] == [0, -signal.SIGKILL, 0]
 
 
+@pytest.mark.parametrize(
+    ("visible", "taken"), [("3, 5", ["3", "5", "3"]), ("1", [None] * 3), ("", [None] * 3)]
+)
+def test_workers_share_cores_and_gpus(visible, taken, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan = planned(data, tmp_path / "study")
+    runner = _Runner(plan, build(RecipeConfig, recipe(data, tmp_path, jobs=3)), 0)
+    shares = [runner._share() for _ in range(3)]
+    expected = [name or visible for name in taken]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == expected
+    assert {share["OMP_NUM_THREADS"] for share in shares} == {str(max(1, os.cpu_count() // 3))}
+
+
+def test_a_launcher_sets_the_threads_itself(data, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = build(RecipeConfig, recipe(data, tmp_path, launcher="env"))
+    with (tmp_path / "lock").open("w") as lock:
+        runner = _Runner(planned(data, tmp_path / "study"), config, lock.fileno())
+        child = runner._child(["env"], stdout=subprocess.PIPE, text=True)
+        assert "OMP_NUM_THREADS" not in child.communicate()[0]
+
+
 def test_a_failing_stage_of_two_jobs(data, tmp_path) -> None:
     (tmp_path / "rows.csv").write_text("instruction,output\n")
     source = {"source": str(tmp_path / "rows.csv")}
