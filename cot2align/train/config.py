@@ -184,6 +184,10 @@ class TrainConfig(TextConfig):
             ),
             (self.bf16 and self.fp16, "'bf16' and 'fp16' are both on; choose one"),
             (
+                self.attn_implementation == "flash_attention_2" and not (self.bf16 or self.fp16),
+                "'attn_implementation' flash_attention_2 takes no float32; it needs bf16 or fp16",
+            ),
+            (
                 self.load_in_4bit and not self.lora_r,
                 "'load_in_4bit' is on and 'lora_r' is 0: weights of 4 bits cannot be trained",
             ),

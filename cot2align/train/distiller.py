@@ -33,7 +33,7 @@ from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.kl import kl, same_vocabulary
 from cot2align.train.losses.mined import MinED, TokenAligner, Vocabulary, shared_tokens
 from cot2align.train.losses.uld import uld
-from cot2align.train.models import Tokenizer, body_of, check_packing, load_model, width
+from cot2align.train.models import Tokenizer, body_of, load_model, width
 from cot2align.train.teacher import load_shell, teacher_states
 from cot2align.train.token_states import TokenStates, check_layers, token_states
 
@@ -212,6 +212,7 @@ def build_distiller(
         trust_remote_code=config.trust_remote_code,
         device=config.device,
         attention=config.attn_implementation,
+        packed=config.padding_free,
     )
     if config.liger:
         check_liger(config.device)
@@ -342,11 +343,6 @@ def ot_settings(config: DistillConfig) -> OTSettings:
 
 
 def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distiller:
-    if config.padding_free:
-        name = config.student if isinstance(config, DistillConfig) else config.model
-        check_packing(distiller.student, name)
-        if isinstance(config, DistillConfig) and distiller.teacher and not config.teacher_cache:
-            check_packing(distiller.teacher, config.teacher)
     if config.lora_r:
         distiller.student = add_lora(distiller.student, config)  # type: ignore[assignment]
     if config.gradient_checkpointing:

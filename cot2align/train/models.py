@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from cot2align.train.adapters import base_of, quantization, set_up_4bit, with_adapter
 from cot2align.train.config import UserError
 
+FLASH = "flash_attention_2"
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
@@ -53,13 +54,15 @@ def load_model(
     bits: str = "none",
     device: str = "cpu",
     attention: str | None = None,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """The causal language model of a folder or hub name, checked, in eval mode, on the CPU or,
     where it is quantised, on `device` ("auto" or "cpu").
 
     An adapter's base is loaded, and the adapter merged into it. dtype: "float32", "bfloat16",
     "float16" or "auto" (as saved). max_length: tokens that it will be given. bits: "none", "8bit"
-    or "4bit". attention: transformers' attn_implementation. Raises UserError.
+    or "4bit". attention: transformers' attn_implementation. packed: it has to keep packed texts
+    apart. Raises UserError.
     """
     transformers_logging.disable_progress_bar()
     base = base_of(name)
@@ -98,17 +101,21 @@ def load_model(
     if window is not None and window < max_length:
         raise UserError(f"model {name!r} takes {window} tokens, fewer than max_length {max_length}")
     _check_head(model, name)
-    if attention is not None:
-        # After the check, which runs on the CPU, where flash attention does not.
-        if attention == "flash_attention_2" and not torch.cuda.is_available():
-            raise UserError("attn_implementation flash_attention_2 needs a GPU, none was found")
-        try:
-            model.set_attn_implementation(attention)
-        except LOAD_ERRORS as error:
-            raise UserError(
-                f"model {name!r}: no {attention} attention: {one_line(error)}"
-            ) from None
+    if attention != FLASH:
+        _set_attention(model, name, attention)
+    if packed:
+        check_packing(model, name)
+    if attention == FLASH:  # After the checks, which run on the CPU in float32.
+        _set_attention(model, name, attention)
     return model
+
+
+def _set_attention(model: PreTrainedModel, name: str, attention: str | None) -> None:
+    try:
+        if attention is not None:
+            model.set_attn_implementation(attention)
+    except LOAD_ERRORS as error:
+        raise UserError(f"model {name!r}: no {attention} attention: {one_line(error)}") from None
 
 
 def device_of(setting: str) -> torch.device:

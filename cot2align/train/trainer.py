@@ -99,7 +99,7 @@ from cot2align.train.evaluate import predict, samples_table
 from cot2align.train.files import write_whole
 from cot2align.train.generation import Generator
 from cot2align.train.losses.mined import TokenAligner
-from cot2align.train.models import Tokenizer, device_of, load_tokenizer
+from cot2align.train.models import FLASH, Tokenizer, device_of, load_tokenizer
 from cot2align.train.teacher import TeacherCache
 
 SAMPLES_FOLDER = "samples"
@@ -215,11 +215,13 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Trainer's settings; of several GPUs one process takes one. Raises UserError for fp16 without
-    a GPU."""
+    """Trainer's settings; of several GPUs one process takes one. Raises UserError for what needs a
+    GPU where there is none."""
     on_cpu = device_of(config.device).type == "cpu"
     if config.fp16 and on_cpu:
         raise UserError("'fp16' needs a GPU: its loss scale is made for one; on a CPU use 'bf16'")
+    if config.attn_implementation == FLASH and on_cpu:
+        raise UserError(f"attn_implementation {FLASH} needs a GPU, none was found")
     evaluates = config.eval is not None
     arguments = TrainingArguments(
         output_dir=config.output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from cot2align.kernels.ot_loss import fused_ot_loss
 from cot2align.train import check, trainer
@@ -13,7 +14,7 @@ from cot2align.train.config import DistillConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.distiller import build_distiller
 from cot2align.train.losses.mined import TokenAligner
-from cot2align.train.models import load_tokenizer
+from cot2align.train.models import FLASH, load_tokenizer
 from tests.conftest import cli, options
 
 
@@ -96,13 +97,29 @@ def test_all_forward_passes_have_autocast(distill_settings, workspace, tmp_path,
     [
         ({"fp16": "true"}, "'fp16' needs a GPU"),
         ({"fp16": "true", "bf16": "true"}, "'bf16' and 'fp16' are both on"),
-        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 needs a GPU"),
+        ({"attn_implementation": FLASH}, "flash_attention_2 takes no float32"),
+        ({"attn_implementation": FLASH, "bf16": "true"}, "flash_attention_2 needs a GPU"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do this")
-def test_refused_on_a_cpu(changed, said, distill_settings, tmp_path, capsys) -> None:
+def test_refused_on_a_cpu(changed, said, distill_settings, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.delattr(trainer, "build_distiller")  # before any weights are loaded
     assert cli("distill", output=tmp_path / "out", **distill_settings, **changed) == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_flash_attention_comes_after_what_is_checked_on_the_cpu(distill_settings, monkeypatch):
+    def set_attention(model, attention):
+        model.config._attn_implementation = attention
+        monkeypatch.delattr(type(model), "forward")
+
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", set_attention)
+    packed = {"attn_implementation": FLASH, "bf16": "true", "padding_free": "true"}
+    config = build(DistillConfig, {**distill_settings, **packed, "output": "unused"})
+    tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    distiller = build_distiller(config, *tokenizers)
+    for model in (distiller.student, distiller.teacher):
+        assert model.config._attn_implementation == FLASH
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device would be the GPU")
