@@ -753,6 +753,16 @@ _HOW = {
 }
 
 
+# What a training may go on with changed: its length, how a step is divided and computed, and what
+# is said and saved on the way.
+RESUMABLE_WITH = {
+    *("epochs", "max_steps", "batch_size", "gradient_accumulation", "padding_free"),
+    *("eval_batch_size", "eval_steps", "save_steps", "spike_factor", "on_nan", "merge"),
+    *("attn_implementation", "torch_compile", "gradient_checkpointing", "ot_backend"),
+    *("teacher_cache", "teacher_cache_checksums", "trust_remote_code"),
+}
+
+
 def counted(config: Any) -> dict[str, Any]:
     """The settings of any config that what comes out depends on.
 

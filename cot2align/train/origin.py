@@ -2,11 +2,13 @@
 
 `augment` and `evaluate` write it beside their output before the first row, and a resumed run that
 would be made from something else is refused: its rows could not be told from those that are there.
-`cache` keeps the same fingerprint of the teacher in its index.
+`cache` keeps the same fingerprint of the teacher in its index. A training's checkpoints hold its
+config, and what goes on from one has to agree with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,18 @@ import yaml
 from transformers.utils import cached_file
 
 from cot2align.train.adapters import base_of
-from cot2align.train.config import AugmentConfig, EvaluateConfig, UserError, counted
+from cot2align.train.config import (
+    CONFIG_FILE,
+    RESUMABLE_WITH,
+    AugmentConfig,
+    DistillConfig,
+    EvaluateConfig,
+    SFTConfig,
+    UserError,
+    build,
+    counted,
+    read_yaml,
+)
 from cot2align.train.files import write_whole
 
 MODEL_FILES = ("config.json", "tokenizer.json")
@@ -60,13 +73,47 @@ def check_origin(path: Path, made_from: dict[str, Any], output: Path) -> None:
         )
 
 
-def _differences(kept: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def check_training(config: SFTConfig | DistillConfig, checkpoint: Path) -> None:
+    """Raises UserError that names all settings in which the run that left a checkpoint differs, but
+    for those that it may go on with changed. Data and models may have been moved."""
+    kept = read_yaml(str(checkpoint / CONFIG_FILE))
+    cls = DistillConfig if "student" in kept else SFTConfig
+    known = {f.name for f in dataclasses.fields(cls)}
+    there = counted(build(cls, {name: kept[name] for name in kept.keys() & known}))
+    here = {k: v for k, v in counted(config).items() if k not in RESUMABLE_WITH}
+    for name in ("train", "eval", "model", "student", "teacher"):
+        if here.get(name) and there.get(name) and _same_place(there[name], here[name]):
+            del here[name]
+    differences = _differing(there, here)
+    if not isinstance(config, cls):
+        differences = [f"it is a run of {'sft' if cls is SFTConfig else 'distill'}"]
+    if differences:
+        raise UserError(
+            f"{checkpoint} cannot be continued: {'; '.join(differences)}; choose another output"
+        )
+
+
+def _same_place(kept: str, here: str) -> bool:
+    """Whether two paths are of the same files; of those that are no more, by the name."""
+    there, now = Path(kept), Path(here)
+    if not there.exists():
+        return now.exists() and there.name == now.name
+    if there.is_file() and now.is_file():
+        return file_hash(there) == file_hash(now)
+    return there.is_dir() and now.is_dir() and fingerprint(kept) == fingerprint(here)
+
+
+def _differing(kept: dict[str, Any], here: dict[str, Any]) -> list[str]:
     # A setting that one of them lacks has no effect there, for a reason that is another setting.
-    differences = [
-        f"{name} is {_shown(kept['settings'][name])} there and {_shown(value)} here"
-        for name, value in here["settings"].items()
-        if name in kept["settings"] and kept["settings"][name] != value
+    return [
+        f"{name} is {_shown(kept[name])} there and {_shown(value)} here"
+        for name, value in here.items()
+        if name in kept and kept[name] != value
     ]
+
+
+def _differences(kept: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    differences = _differing(kept["settings"], here["settings"])
     if kept["files"] and here["files"]:
         differences += other_files("the model", here["files"], kept["model"], kept["files"])
     elif kept["model"] != here["model"]:

@@ -100,6 +100,7 @@ from cot2align.train.files import write_whole
 from cot2align.train.generation import Generator
 from cot2align.train.losses.mined import TokenAligner
 from cot2align.train.models import FLASH, Tokenizer, device_of, load_tokenizer
+from cot2align.train.origin import check_training
 from cot2align.train.teacher import TeacherCache
 
 SAMPLES_FOLDER = "samples"
@@ -717,13 +718,15 @@ class DistillTrainer(Trainer):
         return logs
 
 
-def _open_output(config: TrainConfig, main_process: bool) -> str | None:
+def _open_output(config: SFTConfig | DistillConfig, main_process: bool) -> str | None:
     """Refuse a folder in use, create a new one; returns the checkpoint to resume from."""
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {config.output} is a file, expected a folder")
     if config.resume:
         found = checkpoints(folder)
+        if found:
+            check_training(config, found[-1])
         return str(found[-1]) if found else None
     if main_process and folder.is_dir() and any(folder.iterdir()):
         raise UserError(

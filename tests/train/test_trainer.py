@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cot2align.train.__main__ import main
 from cot2align.train.config import DistillConfig, SFTConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
 from cot2align.train.distiller import build_distiller
@@ -127,6 +129,35 @@ def test_resumed_run_is_the_unbroken_one(distill_settings, tmp_path) -> None:
         assert ours == theirs
     for name in ("model.safetensors", "projections.safetensors"):
         assert (broken / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_resume_of_another_run_is_refused(distilled, workspace, tmp_path, capsys) -> None:
+    """All that differs is named; what changes only how a run goes on may be other."""
+    run_folder = tmp_path / "run"
+    shutil.copytree(distilled, run_folder)
+    whole = yaml.safe_load((run_folder / "config.yaml").read_text())
+    file = tmp_path / "config.yaml"
+
+    def resumed(**changed) -> str:
+        settings = {**whole, "output": str(run_folder), "resume": True, **changed}
+        file.write_text(yaml.safe_dump(settings))
+        code = main(["distill", str(file)])
+        error = capsys.readouterr().err
+        assert code == (2 if error.startswith("error: ") else 0)
+        return error.strip()
+
+    moved = shutil.copy(workspace.train, tmp_path / "rows.jsonl")
+    assert "error: " not in resumed(batch_size=2, gradient_accumulation=2, train=str(moved))
+    changed = {"learning_rate": 1e-3, "alpha": 0.25, "teacher": workspace.teacher}
+    assert resumed(**changed).endswith(
+        "checkpoint-7 cannot be continued: learning_rate is 0.005 there and 0.001 here; "
+        f"teacher is {workspace.sibling} there and {workspace.teacher} here; "
+        "alpha is 0.5 there and 0.25 here; choose another output"
+    )
+    assert "train is " in resumed(train=workspace.test)
+    sft = {"model": workspace.student, "train": workspace.train, "output": run_folder}
+    assert cli("sft", resume="true", **sft) == 2
+    assert "it is a run of distill" in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint_begins(distill_settings, tmp_path) -> None:
