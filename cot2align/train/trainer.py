@@ -126,6 +126,8 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     set_seed(config.seed)
     load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
     arguments = training_arguments(config)
+    if checkpoint is not None:
+        _check_rows_per_step(arguments, checkpoint)
     teacher_tokenizer = None
     same_tokens = False
     align = None
@@ -161,7 +163,13 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
             cache.check_texts(eval_rows, eval_examples, config.texts, config.eval)
     if main_process:
         rationales = sum(bool(row.rationale) for row in rows)
-        print(f"{len(examples)} rows to train on, {rationales} with a rationale", flush=True)
+        print(f"{len(examples)} rows to train on, {rationales} with a rationale")
+        print(
+            f"{rows_per_step(arguments)} rows per step: batch_size {config.batch_size} x "
+            f"gradient_accumulation {config.gradient_accumulation} x "
+            f"{arguments.world_size} processes",
+            flush=True,
+        )
         for name, cut in cuts.items():
             if cut.prompts or cut.responses:
                 print(f"{name} texts {cut}", flush=True)
@@ -259,6 +267,12 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     return arguments
 
 
+def rows_per_step(arguments: TrainingArguments) -> int:
+    """Of all processes and forward passes of a full optimizer step."""
+    a = arguments
+    return a.train_batch_size * a.gradient_accumulation_steps * a.world_size
+
+
 class ForwardPass(NamedTuple):
     """What is kept of a forward pass until its optimizer step: its rows, its mean cross entropy,
     and what `Distiller.forward` returned, detached."""
@@ -340,10 +354,9 @@ class DistillTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         examples = cast(Sequence[Example], self.train_dataset)
         lengths = [max(len(pair.student.ids) for pair in example.texts) for example in examples]
-        args = self.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows, seed = rows_per_step(self.args), self.args.seed
         # Not by set_epoch, which does not reach it when two processes resume within an epoch.
-        return LengthSampler(lengths, rows, args.seed, lambda: int(self.state.epoch or 0))
+        return LengthSampler(lengths, rows, seed, lambda: int(self.state.epoch or 0))
 
     def load_if_finished(self, checkpoint: str) -> bool:
         """Load the checkpoint of the last step; Trainer would go on with one step more."""
@@ -441,6 +454,8 @@ class DistillTrainer(Trainer):
                 logs |= {"loss": self._objective(parts)} if parts else {}
             logs |= parts
             logs |= {name: norm.item() for name, norm in self._grad_norms.items()}
+            if self.state.global_step == 1:
+                logs["rows_per_step"] = rows_per_step(self.args)
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -733,6 +748,17 @@ def _open_output(config: SFTConfig | DistillConfig, main_process: bool) -> str |
             f"output folder {config.output} is not empty; choose another, or --resume to continue"
         )
     return None
+
+
+def _check_rows_per_step(arguments: TrainingArguments, checkpoint: str) -> None:
+    log = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).log_history
+    here = rows_per_step(arguments)
+    there = next((entry["rows_per_step"] for entry in log if "rows_per_step" in entry), here)
+    if there != here:
+        raise UserError(
+            f"{checkpoint} cannot be continued: a step has {there:.0f} rows there and {here} here, "
+            f"by batch_size, gradient_accumulation and {arguments.world_size} processes"
+        )
 
 
 def _check_backend(config: DistillConfig, device: torch.device) -> None:

@@ -73,6 +73,7 @@ def test_log(distilled) -> None:
     assert log[-1]["token_accuracy"] > 0
     # The first, every third, and the last.
     assert [entry["step"] for entry in log] == [1, 3, 6, 7]
+    assert [entry.get("rows_per_step") for entry in log] == [4, None, None, None]
     for entry in log:
         total = 0.5 * entry["ce"] + 0.5 * (entry["ot"] + entry["kd"])
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
@@ -155,6 +156,7 @@ def test_resume_of_another_run_is_refused(distilled, workspace, tmp_path, capsys
         "alpha is 0.5 there and 0.25 here; choose another output"
     )
     assert "train is " in resumed(train=workspace.test)
+    assert "a step has 4 rows there and 2 here" in resumed(batch_size=2)
     sft = {"model": workspace.student, "train": workspace.train, "output": run_folder}
     assert cli("sft", resume="true", **sft) == 2
     assert "it is a run of distill" in capsys.readouterr().err
