@@ -25,10 +25,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cot2align.train.__main__ import COMMANDS, TRAININGS, config_class
 from cot2align.train.config import RecipeConfig, UserError, build, merged, nearest
+
+if TYPE_CHECKING:
+    from cot2align.train.data import Row
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -98,6 +101,7 @@ class _Planner:
         self.trainings: dict[str, dict[int | None, Stage]] = {}
         self.scores: dict[str, dict[int | None, Stage]] = {}
         self.teachers: dict[str, tuple[str, Needs]] = {}  # name -> its model, what makes it
+        self.read: dict[str, list[Row]] = {}  # by file
 
     def plan(self) -> Plan:
         config = self.config
@@ -131,9 +135,39 @@ class _Planner:
         stage = Stage(name, command, merged(shared, settings), needs, **tuning)
         if any(other.name == name for other in self.stages):
             raise UserError(f"stage {name} would come twice: are two seeds or values the same?")
-        stage.config(stage.settings)
+        self.check_rows(stage, stage.config(stage.settings))
         self.stages.append(stage)
         return stage
+
+    def check_rows(self, stage: Stage, config: Any) -> None:
+        """Raises UserError for files of rows that a training would refuse, some of them late."""
+        if stage.command not in TRAININGS:
+            return
+        for file in config.generate_data if config.generate_rows else ():
+            if self.folder not in Path(file).parents:
+                self.rows(f"stage {stage.name}: generate_data", file)
+        for file in filter(None, (config.train, config.eval)):
+            if config.texts == "cot" and not self.has_rationales(file):
+                raise UserError(
+                    f"stage {stage.name}: texts is cot, and no row of {file} has a rationale"
+                    + ("; `eval: none` leaves them out" if file == config.eval else "")
+                )
+
+    def rows(self, where: str, path: str) -> list[Row]:
+        """Of a file that is there. Raises UserError."""
+        from cot2align.train.data import read_rows
+
+        if not Path(path).is_file():
+            raise UserError(f"{where}: no file {path}")
+        if path not in self.read:
+            self.read[path] = read_rows(path)
+        return self.read[path]
+
+    def has_rationales(self, path: str) -> bool:
+        """False where it is known that no row of the file has, or will have, a rationale."""
+        if Path(path).parent == self.folder / "data" and "source" in self.config.data:
+            return not self.is_published
+        return path not in self.read or any(row.rationale for row in self.read[path])
 
     def path(self, *names: str) -> str:
         return str(self.folder.joinpath(*names))
@@ -146,7 +180,8 @@ class _Planner:
 
             stage = self.add("data", "prepare", given | {"output": self.path("data")}, ())
             try:
-                source_of(stage.config(stage.settings))
+                # No published data set has rationales.
+                self.is_published = bool(source_of(stage.config(stage.settings)).hub)
             except UserError as error:
                 raise UserError(f"section 'data': {error}") from None
             splits = [n for n in SPLITS if given.get(f"{n}_rows") != 0]
@@ -158,9 +193,7 @@ class _Planner:
             if name not in given:
                 raise UserError(f"section 'data': setting {name!r} is missing (a JSON Lines file)")
         for name, path in given.items():
-            if not Path(str(path)).is_file():
-                raise UserError(f"section 'data': {name}: no file {path}")
-            _check_rows(str(path))
+            self.rows(f"section 'data': {name}", str(path))
         return {name: str(path) for name, path in given.items()}, ()
 
     def model(self, where: str, value: Any) -> tuple[str, Needs]:
@@ -224,10 +257,7 @@ class _Planner:
         settings |= {"model": model, "output": self.path("scores", name)}
         stage = self.add(f"scores/{name}", "evaluate", settings, needs)
         for each in stage.config(stage.settings).on:
-            file = Path(settings["data"], each, "test.jsonl")
-            if not file.is_file():
-                raise UserError(f"section 'evaluate': on: no file {file}")
-            _check_rows(str(file))
+            self.rows("section 'evaluate': on", str(Path(settings["data"], each, "test.jsonl")))
         return stage
 
     def method(
@@ -414,13 +444,6 @@ def _text(where: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise UserError(f"{where}: expected text, got {value!r}")
     return str(value)
-
-
-def _check_rows(path: str) -> None:
-    """Raises UserError for a file of rows that a later stage would refuse."""
-    from cot2align.train.data import read_rows
-
-    read_rows(path)
 
 
 STAGE_COMMANDS = [command for command in COMMANDS if command not in ("run", "demo")]

@@ -269,6 +269,22 @@ def test_interrupted_study_goes_on(jobs, data, tmp_path) -> None:
     assert not (study / "replaced").exists()
 
 
+def test_rows_that_a_training_would_refuse_late(data, tmp_path) -> None:
+    plain = [{"instruction": "a", "output": "b"}]
+    without = {**data, "validation": write_rows(tmp_path / "plain.jsonl", plain)}
+    only_cot = {"tune": {}, "methods": {"a": {"texts": "cot"}}}
+    with pytest.raises(UserError, match=r"students/a/seed-10: texts is cot, and no row of .*plain"):
+        planned(without, tmp_path, rationales={}, **only_cot)
+    only_cot["methods"]["a"]["eval"] = None
+    planned(without, tmp_path, rationales={}, **only_cot)
+    with pytest.raises(UserError, match=r"no row of .*data/train.jsonl has a rationale"):
+        planned({"source": "dolly"}, tmp_path, **only_cot)
+    planned({"source": "arithmetic"}, tmp_path, **only_cot)
+    sampled = {"generate_rows": 1, "generate_data": ["nowhere.jsonl"]}
+    with pytest.raises(UserError, match=r"generate_data: no file nowhere\.jsonl"):
+        planned(data, tmp_path, students={"student": "small", **sampled})
+
+
 def test_tuning_needs_validation_rows(data, tmp_path) -> None:
     rows = {name: data[name] for name in ("train", "test")}
     with pytest.raises(UserError, match="'tune' needs validation rows"):
@@ -626,10 +642,12 @@ def test_recipes_of_the_paper(number, path, data, stand_ins, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in config.evaluate.get("on", ()):
         (tmp_path / "data" / name).mkdir(parents=True)
-        for split in ("validation", "test"):
+        for split in ("train", "validation", "test"):
             write_rows(tmp_path / "data" / name / f"{split}.jsonl", sample_rows(2))
     config.only, only = [], config.only
     stages = make_plan(config).stages  # every setting of every method
+    if "on" in config.evaluate:  # the split that is tested on is the one that is trained on
+        assert stages[0].settings["train"] == "data/dolly/train.jsonl"
     assert {s.name for s in stages} > {f"students/{m}/seed-10" for m in config.methods}
     assert set(only) <= set(config.methods)
     # One method of each recipe, all of them over the recipes, with two steps of a training.
