@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,18 +35,20 @@ BEST_FILE = "evaluation.json"
 def gathered_state(distiller: Distiller) -> dict[str, Tensor] | None:
     """What is saved, whole, by its name in `distiller`; None where nothing is sharded.
 
-    All processes have to call it; each gets a copy on its CPU.
+    All processes have to call it; the main one gets the copy, on its CPU, the others an empty one.
     """
     if not any(isinstance(p, DTensor) for p in distiller.student.parameters()):
         return None
     names = distiller.state_dict().keys()
     adapters_only = isinstance(distiller.student, PeftModel)
     tensors = [*distiller.named_parameters(), *distiller.named_buffers()]
-    return {
-        name: unsharded(tensor.detach()).cpu()
-        for name, tensor in tensors
-        if name in names and (tensor.requires_grad or not adapters_only)
-    }
+    state = {}
+    for name, tensor in tensors:
+        if name in names and (tensor.requires_grad or not adapters_only):
+            whole = unsharded(tensor.detach())
+            if dist.get_rank() == 0:
+                state[name] = whole.cpu()
+    return state
 
 
 def save_state(distiller: Distiller, folder: Path, state: dict[str, Tensor] | None = None) -> None:

@@ -88,6 +88,7 @@ def check(
         assert not name.startswith("teacher")
     state = gathered_state(sharded)
     assert not any(name.startswith("teacher") for name in state)
+    assert bool(state) == (rank == 0)
     if rank == 0:
         for name, p in trained.items():
             torch.testing.assert_close(state[name], p, rtol=1e-4, atol=0.1 * tolerance)
