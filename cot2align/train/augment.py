@@ -8,6 +8,7 @@ chain-of-thought text; `rationale_dropped` then says why, unless the row was not
     empty         nothing was written
     repetition    more than `max_repetition` percent of its word 4-grams stand in it before
     length        fewer or more words than `min_rationale_words`, `max_rationale_words`
+    unfinished    it was cut at `max_new_tokens`, before an answer; on by default
     disagreement  the answer that follows is not the row's output, or there is none; off by default,
                   since an answer can be right in other words
     refused       the server refused the prompt, mostly for its length
@@ -41,7 +42,7 @@ from cot2align.train.server import Server, request_seed
 
 ADDED_FIELDS = ("id", "rationale", "rationale_dropped")
 
-Receive = Callable[[Row, str], None]  # a row and what the teacher wrote for it
+Receive = Callable[[Row, str, bool], None]  # a row, what the teacher wrote for it, and to its end
 
 
 def run(config: AugmentConfig) -> dict[str, Any]:
@@ -65,8 +66,8 @@ def run(config: AugmentConfig) -> dict[str, Any]:
         tqdm(total=len(asked), initial=len(asked) - missing, unit="row", desc="rationales") as bar,
     ):
 
-        def receive(row: Row, text: str) -> None:
-            done[row.id] = _write(file, row, *_filtered(config, row, text))
+        def receive(row: Row, text: str, ended: bool) -> None:
+            done[row.id] = _write(file, row, *_filtered(config, row, text, ended))
             bar.update()
 
         refused = generate(receive)
@@ -97,11 +98,12 @@ def rationale_of(text: str) -> str:
     return re.split(re.escape(ANSWER_MARKER), text, maxsplit=1, flags=re.IGNORECASE)[0].strip()
 
 
-def _filtered(config: AugmentConfig, row: Row, text: str) -> tuple[str, str]:
+def _filtered(config: AugmentConfig, row: Row, text: str, ended: bool) -> tuple[str, str]:
     """The rationale and "", or "" and the reason why there is none."""
     rationale = rationale_of(text)
     words = len(rationale.split())
-    answer = answer_of(text, is_cot=True) if ANSWER.search(text) else ""
+    answers = ANSWER.search(text) is not None
+    answer = answer_of(text, is_cot=True) if answers else ""
     agrees = {
         "off": lambda: True,
         "exact": lambda: exact_match(answer, row.outputs) > 0,
@@ -113,6 +115,8 @@ def _filtered(config: AugmentConfig, row: Row, text: str) -> tuple[str, str]:
         return "", "repetition"
     if not config.min_rationale_words <= words <= (config.max_rationale_words or words):
         return "", "length"
+    if config.drop_unfinished and not (ended or answers):
+        return "", "unfinished"
     return (rationale, "") if agrees() else ("", "disagreement")
 
 
@@ -134,7 +138,7 @@ def _by_transformers(
             texts = generator.generate([prompts[i] for i in batch], config.seed, config.temperature)
             for i, text in zip(batch, texts, strict=True):
                 if asked[i].id not in done:
-                    receive(asked[i], text.text)
+                    receive(asked[i], text.text, text.ended)
         return set()
 
     return generate
@@ -160,7 +164,9 @@ def _by_server(
         template = PROMPT_FORMATS[config.prompt_format]
         prompts = [template.text(row, is_cot=True) for row in missing]
         seeds = [request_seed(config.seed, prompt) for prompt in prompts]
-        failures = server.ask(prompts, seeds, lambda index, text: receive(missing[index], text))
+        failures = server.ask(
+            prompts, seeds, lambda index, text, ended: receive(missing[index], text, ended)
+        )
         failures.check(len(missing))
         if failures.refused and len(failures.refused) == len(asked):
             raise UserError(f"all prompts were refused: {next(iter(failures.refused.values()))}")

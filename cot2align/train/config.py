@@ -482,6 +482,9 @@ class AugmentConfig(GenerationConfig, ServerConfig):
     max_rationale_words: int | None = setting(
         None, "drop a longer rationale, words; none: max_new_tokens alone", at_least=1
     )
+    drop_unfinished: bool = setting(
+        True, "drop a rationale that was cut at max_new_tokens, before an answer"
+    )
     check_answer: str = setting(
         "off",
         "drop a rationale whose answer is none of the row's outputs (exact), or whose ROUGE-L with "

@@ -115,7 +115,7 @@ def run(config: JudgeConfig) -> dict[str, Any]:
         ) as bar,
     ):
 
-        def receive(index: int, text: str) -> None:
+        def receive(index: int, text: str, ended: bool) -> None:
             one = missing[index]
             verdict = verdict_of(text, one.order)
             fields = {"id": one.id, "order": one.order, "verdict": verdict, "text": text}

@@ -37,6 +37,10 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds, without Retry-After
 LONGEST_RETRY_AFTER = 600.0  # seconds
 
 
+# (index of the prompt, the text, whether it came to its own end)
+Receive = Callable[[int, str, bool], None]
+
+
 @dataclass
 class Failures:
     """Requests without an answer, index: reason; `failed` ones may succeed another time."""
@@ -92,10 +96,8 @@ class Server:
         answer or refuses the key; one that cannot list its models passes."""
         asyncio.run(self._check())
 
-    def ask(
-        self, prompts: Sequence[str], seeds: Sequence[int], receive: Callable[[int, str], None]
-    ) -> Failures:
-        """Call receive(index, text) for each prompt as its answer comes; returns those without one.
+    def ask(self, prompts: Sequence[str], seeds: Sequence[int], receive: Receive) -> Failures:
+        """Call `receive` for each prompt as its answer comes; returns those without one.
 
         Raises UserError where going on makes no sense; what was received is then the caller's.
         """
@@ -119,7 +121,7 @@ class Server:
             self.models = []
 
     async def _ask(
-        self, prompts: Sequence[str], seeds: Sequence[int], receive: Callable[[int, str], None]
+        self, prompts: Sequence[str], seeds: Sequence[int], receive: Receive
     ) -> Failures:
         failures = Failures()
         in_a_row = 0
@@ -129,7 +131,7 @@ class Server:
             nonlocal in_a_row
             for index, (prompt, seed) in waiting:
                 try:
-                    text = await self._answer(client, prompt, seed)
+                    text, ended = await self._answer(client, prompt, seed)
                 except _RequestError as error:
                     if error.wait is None:
                         failures.refused[index] = str(error)
@@ -142,7 +144,7 @@ class Server:
                         ) from None
                 else:
                     in_a_row = 0
-                    receive(index, text)
+                    receive(index, text, ended)
 
         async with self._client() as client:
             self._free_at = 0.0
@@ -155,7 +157,7 @@ class Server:
                     worker.cancel()
         return failures
 
-    async def _answer(self, client: httpx2.AsyncClient, prompt: str, seed: int) -> str:
+    async def _answer(self, client: httpx2.AsyncClient, prompt: str, seed: int) -> tuple[str, bool]:
         for attempt in range(self.config.retries + 1):
             await self._turn()
             try:
@@ -179,7 +181,7 @@ class Server:
         self._free_at = start + (60 / per_minute if per_minute else 0)
         await asyncio.sleep(start - now)
 
-    async def _once(self, client: httpx2.AsyncClient, prompt: str, seed: int) -> str:
+    async def _once(self, client: httpx2.AsyncClient, prompt: str, seed: int) -> tuple[str, bool]:
         chat = self.config.server_api == "chat"
         path = "chat/completions" if chat else "completions"
         asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
@@ -199,7 +201,8 @@ class Server:
         if status != 200:
             raise self._stop(response)
         try:
-            return _text(response.json()["choices"][0], chat)
+            choice = response.json()["choices"][0]
+            return _text(choice, chat), choice.get("finish_reason") != "length"
         except (ValueError, TypeError, LookupError):
             raise _RequestError(f"the answer is no completion: {self._said(response)}") from None
 

@@ -26,6 +26,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0  # seconds
     hang_up: bool = False  # instead of an answer
+    finish_reason: str = "stop"
 
 
 @dataclass
@@ -105,6 +106,7 @@ def serve(
                 chat = self.path.endswith("/chat/completions")
                 content = {"role": "assistant", "content": said.text}
                 choice = {"message": content} if chat else {"text": said.text}
+                choice["finish_reason"] = said.finish_reason
                 said.raw = json.dumps({"choices": [choice]}).encode()
             self._send(said)
 

@@ -207,6 +207,26 @@ def test_filters_say_why(settings, capsys) -> None:
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_rationale_that_was_cut_is_dropped(api, settings) -> None:
+    """Not one that was cut after its answer began."""
+    settings["data"] = write_rows(Path(settings["data"]), rows(3))
+
+    def answer(prompt: str, _: int) -> Answer:
+        n = number_in(prompt)
+        whole = teacher(prompt)
+        return Answer(whole if n else "Add one to", finish_reason="stop" if n == 1 else "length")
+
+    with serve(answer) as loopback:
+        url = {"server": loopback.url, "server_api": api}
+        assert cli("augment", **url, **settings) == 0
+        dropped = [row.get("rationale_dropped") for row in written(settings)]
+        assert dropped == ["unfinished", None, None]
+        Path(settings["output"]).unlink()
+        assert cli("augment", drop_unfinished="off", **url, **settings) == 0
+        assert written(settings)[0]["rationale"] == "Add one to"
+
+
 def test_answers_may_agree_by_rouge(settings) -> None:
     data = [
         {"instruction": f"What follows number {i}?", "output": "the very next one"} for i in "12"

@@ -35,6 +35,7 @@ def augment_settings(workspace, tmp_path) -> dict:
         "max_length": 256,
         "max_new_tokens": 40,
         "batch_size": 2,
+        "drop_unfinished": "off",
     }
 
 
@@ -52,6 +53,16 @@ def test_augment_keeps_every_row_in_order(augment_settings, tmp_path, capsys) ->
     written = sum(bool(row.rationale) for row in augmented)
     assert written >= 30
     assert f"{written} rationales for 40 rows; dropped: " in capsys.readouterr().out
+
+
+def test_texts_that_come_to_no_end_are_dropped(augment_settings, tmp_path) -> None:
+    data = write_rows(tmp_path / "few.jsonl", sample_rows(6))
+    settings = {**augment_settings, "data": data, "max_new_tokens": 4}
+    for drop in ("off", "on"):
+        output = tmp_path / f"{drop}.jsonl"
+        assert cli("augment", output=output, **settings | {"drop_unfinished": drop}) == 0
+        reasons = [row.fields.get("rationale_dropped") for row in read_rows(str(output))]
+        assert (reasons.count("unfinished") >= 4) == (drop == "on")
 
 
 def test_augment_killed_and_resumed_equals_the_unbroken_run(augment_settings, tmp_path) -> None:

@@ -35,7 +35,11 @@ def ask(loopback: Loopback, prompts=PROMPTS, model="tiny", **settings) -> Asked:
     server = Server(loopback.url, model, config, temperature=0.5, max_new_tokens=7)
     server.check()
     texts: dict[int, str] = {}
-    return Asked(texts, server.ask(prompts, range(len(prompts)), texts.__setitem__))
+
+    def receive(index: int, text: str, ended: bool) -> None:
+        texts[index] = text
+
+    return Asked(texts, server.ask(prompts, range(len(prompts)), receive))
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
@@ -197,7 +201,7 @@ def test_a_server_that_cannot_list_its_models_is_used() -> None:
 
 
 def test_a_failing_receiver_stops_the_run() -> None:
-    def receive(index: int, text: str) -> None:
+    def receive(index: int, text: str, ended: bool) -> None:
         raise OSError(28, "No space left on device")
 
     with serve(lambda prompt, _: prompt) as loopback:

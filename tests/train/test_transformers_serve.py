@@ -86,6 +86,7 @@ def test_augment(api, served, tmp_path) -> None:
         "output": output,
         "max_new_tokens": 8,
         "max_repetition": 100,
+        "drop_unfinished": "off",
         "retries": 0,
     }
     assert cli("augment", **settings) == 0
