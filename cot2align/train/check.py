@@ -27,7 +27,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from cot2align.train import token_states
 from cot2align.train.config import (
@@ -52,20 +50,16 @@ from cot2align.train.data import (
     Example,
     Row,
     Text,
-    TextEncoder,
     collate,
-    encode_rows,
     model_batch,
-    read_rows,
 )
-from cot2align.train.distiller import build_distiller, one_vocabulary
 from cot2align.train.losses.dskd import DSKD
-from cot2align.train.losses.mined import TokenAligner, Vocabulary, shared_tokens
-from cot2align.train.models import Tokenizer, body_states, load_tokenizer, width
+from cot2align.train.losses.mined import Vocabulary, shared_tokens
+from cot2align.train.models import Tokenizer, body_states, width
 from cot2align.train.study import stage_to_check
-from cot2align.train.teacher import TeacherCache, own_precision
+from cot2align.train.teacher import own_precision
 from cot2align.train.token_states import model_inputs
-from cot2align.train.trainer import DistillTrainer, training_arguments
+from cot2align.train.trainer import DistillTrainer, set_up
 
 LONGEST_MEASURED = 256
 SHARE_OF_MEMORY = 0.9  # that a suggested batch may take
@@ -122,42 +116,14 @@ def check(
     """
     notes = without_effect(config)
     with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes its output folder
-        config = dataclasses.replace(
-            config, output=nowhere, eval=None, generate_rows=0, keep_best="none"
-        )
+        config = dataclasses.replace(config, output=nowhere)
         return {**_check(config, processes, steps), "notes": notes}
 
 
 def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dict[str, Any]:
-    transformers_logging.set_verbosity_error()
-    rows = read_rows(config.train)
-    set_seed(config.seed)
-    arguments = training_arguments(config)
-    load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
-    tokenizers: list[Tokenizer] = []
-    same_tokens, align, cache = False, None, None
-    if isinstance(config, DistillConfig):
-        if config.teacher_cache:
-            cache = TeacherCache(config.teacher_cache, checksums=config.teacher_cache_checksums)
-            cache.check(config)
-        tokenizers = [load(config.student), load(config.teacher_cache or config.teacher)]
-        same_tokens = one_vocabulary(config, *tokenizers)
-        if config.kd == "mined":
-            align = TokenAligner(tokenizers[0], tokenizers[1], config.token_maps)
-    else:
-        tokenizers = [load(config.model)]
-    encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
-    examples, cuts = encode_rows(
-        rows, *encoders, texts=config.texts, same_vocabulary=same_tokens, align=align
-    )
-    if cache is not None:
-        cache.check_texts(rows, examples, config.texts, config.train)
-    distiller = build_distiller(
-        config, tokenizers[0], tokenizers[1] if len(tokenizers) == 2 else None, align
-    )
-    trainer = DistillTrainer(
-        distiller, arguments, config, tokenizers[0], train_dataset=examples, cache=cache
-    )
+    made = set_up(config)
+    trainer, rows, examples = made.trainer, made.rows, made.examples
+    distiller = trainer.model
     distiller.train()
 
     found: dict[str, Any] = {
@@ -166,18 +132,18 @@ def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dic
             for name, module in (("student", distiller.student), ("teacher", distiller.teacher))
             if module is not None
         },
-        "data": _data(rows, examples, cuts),
+        "data": _data(rows, examples, made.cuts),
     }
     projections = sum(p.numel() for p in distiller.projection_parameters().values())
     found["parameters"]["projections"] = (projections, projections)
-    if len(tokenizers) == 2:
-        found["vocabulary"] = _vocabulary(tokenizers, rows, config.texts)
-        if align is not None:
+    if isinstance(config, DistillConfig):
+        found["vocabulary"] = _vocabulary(made.tokenizers, rows, config.texts)
+        if made.align is not None:
             found["alignment"] = _aligned_share(examples)
 
     predict = _Predictor(trainer, examples, processes)
     found["memory"] = predict(config.batch_size)
-    available = _available(arguments.device)
+    available = _available(trainer.args.device)
     found["available"] = available
     rows_per_step = config.batch_size * config.gradient_accumulation
     fitting = [
@@ -192,7 +158,7 @@ def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dic
             largest(examples, config.batch_size, config.padding_free),
             predict.tokens,
             packed=config.padding_free,
-            cached=None if cache is None else cache.states,
+            cached=None if made.cache is None else made.cache.states,
         )
         found["dry_run"], found["used"] = _dry_run(trainer, batch, steps)
         epochs = len(examples) / (rows_per_step * processes) * config.epochs

@@ -446,8 +446,8 @@ def stage_to_check(config: RecipeCheck) -> Iterator[tuple[CheckConfig, list[str]
     with tempfile.TemporaryDirectory() as folder:
         inputs = _Inputs(plan, Path(folder))
         values = {**stage.settings, **settings}
-        for name in ("student", "teacher", "model", "train"):
-            if name in values:
+        for name in ("student", "teacher", "model", "train", "eval"):
+            if values.get(name) is not None:
                 values[name] = inputs.of(values[name])
         yield build(CheckConfig, values), [f"stage {stage.name} ({stage.command})", *inputs.notes]
 

@@ -33,6 +33,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -86,6 +87,7 @@ from cot2align.train.config import (
     without_effect,
 )
 from cot2align.train.data import (
+    Cuts,
     Example,
     LengthSampler,
     Row,
@@ -119,71 +121,20 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
     if main_process:
         for line in without_effect(config):
             print(line)
-    rows = read_rows(config.train)
-    eval_rows = read_rows(config.eval) if config.eval else None
-    samples = _samples(config)
-    transformers_logging.set_verbosity_error()
-    set_seed(config.seed)
-    load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
-    arguments = training_arguments(config)
-    if checkpoint is not None:
-        _check_rows_per_step(arguments, checkpoint)
-    teacher_tokenizer = None
-    same_tokens = False
-    align = None
-    cache = None
-    if isinstance(config, DistillConfig):
-        student_tokenizer = load(config.student)
-        if config.teacher_cache:
-            cache = TeacherCache(config.teacher_cache, checksums=config.teacher_cache_checksums)
-            cache.check(config)
-        teacher_tokenizer = load(config.teacher_cache or config.teacher)
-        same_tokens = one_vocabulary(config, student_tokenizer, teacher_tokenizer)
-        _check_backend(config, arguments.device)
-    else:
-        student_tokenizer = load(config.model)
-
-    encode = partial(
-        encode_rows,
-        student=TextEncoder.of(config, student_tokenizer),
-        teacher=None if teacher_tokenizer is None else TextEncoder.of(config, teacher_tokenizer),
-        texts=config.texts,
-        same_vocabulary=same_tokens,
-    )
-    # The others find what MinED needs on disk.
-    with arguments.main_process_first():
-        if isinstance(config, DistillConfig) and config.kd == "mined":
-            assert teacher_tokenizer is not None
-            align = TokenAligner(student_tokenizer, teacher_tokenizer, config.token_maps)
-        examples, cuts = encode(rows, align=align)
-        eval_examples = None if eval_rows is None else encode(eval_rows, align=align)[0]
-    if cache is not None:
-        cache.check_texts(rows, examples, config.texts, config.train)
-        if eval_rows and eval_examples and config.eval:
-            cache.check_texts(eval_rows, eval_examples, config.texts, config.eval)
+    made = set_up(config, checkpoint)
+    trainer, arguments = made.trainer, made.trainer.args
     if main_process:
-        rationales = sum(bool(row.rationale) for row in rows)
-        print(f"{len(examples)} rows to train on, {rationales} with a rationale")
+        rationales = sum(bool(row.rationale) for row in made.rows)
+        print(f"{len(made.examples)} rows to train on, {rationales} with a rationale")
         print(
             f"{rows_per_step(arguments)} rows per step: batch_size {config.batch_size} x "
             f"gradient_accumulation {config.gradient_accumulation} x "
             f"{arguments.world_size} processes",
             flush=True,
         )
-        for name, cut in cuts.items():
+        for name, cut in made.cuts.items():
             if cut.prompts or cut.responses:
                 print(f"{name} texts {cut}", flush=True)
-
-    trainer = DistillTrainer(
-        build_distiller(config, student_tokenizer, teacher_tokenizer, align),
-        arguments,
-        config,
-        student_tokenizer,
-        train_dataset=examples,
-        eval_dataset=eval_examples,
-        cache=cache,
-        samples=samples,
-    )
     start = time.perf_counter()
     with trainer.termination, trainer.progress:
         if checkpoint is None or not trainer.load_if_finished(checkpoint):
@@ -200,7 +151,7 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         elif main_process:
             trainer.keep_best(config.keep_best)
     if config.lora_r and config.merge and main_process:
-        merge_adapter(config, student_tokenizer)
+        merge_adapter(config, made.tokenizers[0])
     # A process that leaves while another still talks to it makes gloo abort that one.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -221,6 +172,76 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
         "seconds": seconds,
         "log": log,
     }
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """A training before its first step; tokenizers: the student's and, in distillation, the
+    teacher's."""
+
+    trainer: DistillTrainer
+    tokenizers: list[Tokenizer]
+    rows: list[Row]
+    examples: list[Example]
+    cuts: dict[str, Cuts]
+    align: TokenAligner | None
+    cache: TeacherCache | None
+
+
+def set_up(config: SFTConfig | DistillConfig, checkpoint: str | None = None) -> SetUp:
+    """Read the rows and load the models; checkpoint: to go on from. Raises UserError for whatever
+    is wrong with the config, the files or the models."""
+    rows = read_rows(config.train)
+    eval_rows = read_rows(config.eval) if config.eval else None
+    if eval_rows and config.texts == "cot" and not any(row.rationale for row in eval_rows):
+        raise UserError(
+            f"no row of {config.eval} has a rationale, and texts is 'cot'; 'eval: none' leaves "
+            "them out"
+        )
+    samples = _samples(config)
+    transformers_logging.set_verbosity_error()
+    set_seed(config.seed)
+    load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
+    arguments = training_arguments(config)
+    if checkpoint is not None:
+        _check_rows_per_step(arguments, checkpoint)
+    same_tokens, align, cache = False, None, None
+    if isinstance(config, DistillConfig):
+        if config.teacher_cache:
+            cache = TeacherCache(config.teacher_cache, checksums=config.teacher_cache_checksums)
+            cache.check(config)
+        tokenizers = [load(config.student), load(config.teacher_cache or config.teacher)]
+        same_tokens = one_vocabulary(config, *tokenizers)
+        _check_backend(config, arguments.device)
+    else:
+        tokenizers = [load(config.model)]
+
+    encoders = [TextEncoder.of(config, tokenizer) for tokenizer in tokenizers]
+    # The others find what MinED needs on disk.
+    with arguments.main_process_first():
+        if isinstance(config, DistillConfig) and config.kd == "mined":
+            align = TokenAligner(tokenizers[0], tokenizers[1], config.token_maps)
+        options: dict[str, Any] = {"same_vocabulary": same_tokens, "align": align}
+        examples, cuts = encode_rows(rows, *encoders, texts=config.texts, **options)
+        eval_examples = None
+        if eval_rows is not None:
+            eval_examples, _ = encode_rows(eval_rows, *encoders, texts=config.texts, **options)
+    if cache is not None:
+        cache.check_texts(rows, examples, config.texts, config.train)
+        if eval_rows and eval_examples and config.eval:
+            cache.check_texts(eval_rows, eval_examples, config.texts, config.eval)
+    teacher_tokenizer = tokenizers[1] if len(tokenizers) == 2 else None
+    trainer = DistillTrainer(
+        build_distiller(config, tokenizers[0], teacher_tokenizer, align),
+        arguments,
+        config,
+        tokenizers[0],
+        train_dataset=examples,
+        eval_dataset=eval_examples,
+        cache=cache,
+        samples=samples,
+    )
+    return SetUp(trainer, tokenizers, rows, examples, cuts, align, cache)
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

@@ -209,6 +209,15 @@ def test_suggestions_and_refusals(distill_settings, capsys) -> None:
     assert cli("check", **{**distill_settings, "layers": "middle"}) == 2
     assert "unknown layer 'middle'" in capsys.readouterr().err
     assert cli("check", **{**distill_settings, "kd": "kl"}) == 2
+    nowhere = {"eval": distill_settings["train"], "generate_rows": 1, "generate_data": "nowhere"}
+    for changed, said in (
+        ({"ot_backend": "triton"}, "setting 'ot_backend': backend 'triton' cannot serve cpu"),
+        ({"eval": "nowhere"}, "data file nowhere: No such file"),
+        ({**nowhere, "max_new_tokens": 8}, "data file nowhere: No such file"),
+    ):
+        capsys.readouterr()
+        assert cli("check", **{**distill_settings, **changed}) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_largest_batch(two_tokenizers) -> None:

@@ -316,6 +316,7 @@ def test_only_cot_without_rationales(distill, tmp_path) -> None:
     rows = [{"instruction": "a", "output": "b"}]
     train = write_rows(tmp_path / "plain.jsonl", rows)
     assert "no row has a rationale" in distill(train=train, texts="cot")
+    assert f"no row of {train} has a rationale" in distill(eval=train, texts="cot")
 
 
 def test_generation_limits(refused, workspace, tmp_path) -> None:
