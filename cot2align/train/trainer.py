@@ -40,7 +40,7 @@ from statistics import fmean
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate.utils import AutocastKwargs, gather_object
+from accelerate.utils import AutocastKwargs, compare_versions, gather_object
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Sampler
@@ -354,10 +354,7 @@ class DistillTrainer(Trainer):
         self.add_callback(self.progress)
 
         if self.is_fsdp_enabled:
-            # It would round what `forward` returns, and keep no weight in float32; autocast does.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        if self.is_fsdp_enabled and config.generate_rows:
-            raise UserError("'generate_rows' does not go with FSDP; evaluate the saved model")
+            self._prepare_for_fsdp()
         if self.is_deepspeed_enabled:
             self._prepare_for_deepspeed()
 
@@ -446,6 +443,18 @@ class DistillTrainer(Trainer):
                 )
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_for_fsdp(self) -> None:
+        if self.config.generate_rows:
+            raise UserError("'generate_rows' does not go with FSDP; evaluate the saved model")
+        if not self.accelerator.is_fsdp2:
+            raise UserError("FSDP needs fsdp_version: 2, see recipes/accelerate/fsdp2.yaml")
+        # Before these, weights of one group had one dtype, the frozen ones as well, or were cast.
+        for package, needed in (("torch", "2.8"), ("accelerate", "1.13")):
+            if compare_versions(package, "<", needed):
+                raise UserError(f"FSDP needs {package} {needed} or newer")
+        # It would round what `forward` returns, and keep no weight in float32; autocast does.
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def _prepare_for_deepspeed(self) -> None:
         if self.config.on_nan == "skip":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+from cot2align.train import trainer
+from cot2align.train.config import UserError
 from tests.conftest import in_two_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +30,25 @@ def test_two_processes_with_sharded_models_are_one(workspace, tmp_path) -> None:
         assert not torch.equal(after.lm_head.weight, before.lm_head.weight)
         assert (tmp_path / name / "projections.safetensors").exists()
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("generate_rows", "is_fsdp2", "old", "said"),
+    [
+        (1, True, "", "'generate_rows' does not go with FSDP"),
+        (0, False, "", "FSDP needs fsdp_version: 2"),
+        (0, True, "torch", r"FSDP needs torch 2\.8 or newer"),
+        (0, True, "accelerate", r"FSDP needs accelerate 1\.13 or newer"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(generate_rows, is_fsdp2, old, said, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "compare_versions", lambda package, *_: package == old)
+    made = SimpleNamespace(
+        config=SimpleNamespace(generate_rows=generate_rows),
+        accelerator=SimpleNamespace(is_fsdp2=is_fsdp2),
+    )
+    with pytest.raises(UserError, match=said):
+        trainer.DistillTrainer._prepare_for_fsdp(made)
 
 
 def test_configurations_are_shipped() -> None:
