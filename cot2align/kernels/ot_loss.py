@@ -815,12 +815,14 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_tokens = _matmul(upstream, matrix.T.to(tokens.dtype), tokens.dtype)
         if ctx.needs_input_grad[1]:
-            # Tokens that count nowhere, masked or of no problem, may be NaN. On the CPU the host
-            # sees whether there are any, and saves the copy.
-            count = upstream.any(1, keepdim=True)
-            if not tokens.is_cpu or torch.compiler.is_compiling() or not count.all():
-                tokens = tokens.masked_fill(~count, 0)
-            d_matrix = _matmul(tokens.T, upstream, torch.float32).to(matrix.dtype)
+            # What counts nowhere, masked or of no problem, may be NaN, and 0 times NaN is NaN.
+            # The host sees that in the product, a device leaves them out of it.
+            host = tokens.is_cpu and not torch.compiler.is_compiling()
+            d_matrix = _matmul(tokens.T, upstream, torch.float32) if host else None
+            if d_matrix is None or not d_matrix.isfinite().all():
+                tokens = tokens.masked_fill(~upstream.any(1, keepdim=True), 0)
+                d_matrix = _matmul(tokens.T, upstream, torch.float32)
+            d_matrix = d_matrix.to(matrix.dtype)
         return d_tokens, d_matrix
 
 
