@@ -761,7 +761,7 @@ _HOW = {
 RESUMABLE_WITH = {
     *("epochs", "max_steps", "batch_size", "gradient_accumulation", "padding_free"),
     *("eval_batch_size", "eval_steps", "save_steps", "spike_factor", "on_nan", "merge"),
-    *("attn_implementation", "torch_compile", "gradient_checkpointing", "ot_backend"),
+    *("attn_implementation", "torch_compile", "gradient_checkpointing", "ot_backend", "liger"),
     *("teacher_cache", "teacher_cache_checksums", "trust_remote_code"),
 }
 
