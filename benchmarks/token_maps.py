@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cot2align.kernels import token_alignment
-from cot2align.train.losses.mined import TokenAligner
+from cot2align.train.losses.mined import MinED, TokenAligner
 
 PIECES = (50_257, 151_936)
 TOKENS = 256
@@ -112,11 +112,18 @@ def main() -> None:
         start = time.perf_counter()
         aligner = TokenAligner(*tokenizers, folder)
         seconds = time.perf_counter() - start
-    ours, theirs = ([v.tokens[i] for i in v.ordinary] for v in (aligner.student, aligner.teacher))
-    equal = len(set(ours) & set(theirs)) / len(theirs)
+    ours, theirs = (v.ordinary for v in (aligner.student, aligner.teacher))
+    equal = aligner.equal[theirs].float().mean()
     print(
         f"map of {len(theirs)} tokens to {len(ours)}, {equal:.0%} of them equal: {seconds:.1f} s "
         f"on {torch.get_num_threads()} threads"
+    )
+    by_id = MinED(aligner.student_ids, temperature=1.0)
+    has_equal = torch.isin(by_id.reached, aligner.student_ids[aligner.equal])
+    another = (has_equal & ~aligner.equal[by_id.source]).sum()
+    print(
+        f"{has_equal.sum()} student tokens have an equal one, which is not the first teacher id "
+        f"of {another}"
     )
 
     pairs = pairs_of_tokens(library, aligner, tokenizers)[: options.texts]

@@ -183,10 +183,13 @@ def in_two_processes(*module_words: str) -> None:
 
 def command_process(*words: str) -> subprocess.Popen:
     """The command line in a process group of its own, for `interrupt`."""
+    import torch
+
     return subprocess.Popen(
         [sys.executable, "-m", "cot2align.train", *words],
         cwd=Path(__file__).resolve().parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # As many as here: sums are rounded by their number.
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
