@@ -108,7 +108,8 @@ def objective(
         case "uld":
             distance = uld(*states, temperature=temperature).total
         case "mined":
-            distance = MinED(built.aligner.student_ids, temperature=temperature)(*states).total
+            ids, equal = built.aligner.student_ids, built.aligner.equal
+            distance = MinED(ids, temperature=temperature, equal=equal)(*states).total
         case "dskd":
             dskd = DSKD(32, 48, one_vocabulary=True, divergence=divergence, temperature=temperature)
             dskd.load_state_dict(distiller.kd.state_dict())
