@@ -494,7 +494,10 @@ def _varlen(
         torch.stack((cu[:-1], cu.diff()), dim=1).to(device, torch.int64, non_blocking=True)
         for cu in cu_seqlens
     )
-    lengths_x, lengths_y = segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
+
+    def lengths() -> tuple[Tensor, Tensor]:
+        return segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
+
     weights = None
     if isinstance(weighting, Tensor):
         if weighting.shape != pairs.shape[:1]:
@@ -502,7 +505,7 @@ def _varlen(
         _check_place("weights", weighting, device)
         weights = weighting.detach().to(device, torch.float32, non_blocking=True).contiguous()
     elif weighting != "none":
-        weights = _reduction_weights(lengths_x, lengths_y, weighting)
+        weights = _reduction_weights(*lengths(), weighting)
     with torch.autocast(device.type, enabled=False):
         if not student.is_cpu:  # kernels are chosen and launched by the lengths
             longest_x = _longest(cu_seqlens[0].diff()) if longest_x is None else longest_x
@@ -513,6 +516,7 @@ def _varlen(
             x, mask_x = _pad(student, segments_x[pairs[:, 0]], longest_x)
             y, mask_y = _pad(teacher, segments_y[pairs[:, 1]], longest_y)
             solved = reference.solve(x, y, projection, mask_x, mask_y, settings)
+            lengths_x, lengths_y = lengths()
             exceeds = (lengths_x > x.shape[1]) | (lengths_y > y.shape[1])
             loss = solved.loss.masked_fill(exceeds, math.nan)
             total = loss.sum() if weights is None else loss @ weights.to(loss)

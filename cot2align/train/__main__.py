@@ -51,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if argv else 2
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
-        if argv[0] not in TRAININGS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"{argv[0]} runs in one process; only sft and distill take several")
+        processes = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+        if argv[0] not in TRAININGS and int(processes or 1) > 1:
+            raise UserError(
+                f"{argv[0]} runs in one process, WORLD_SIZE is {processes}; only sft and distill "
+                "take several"
+            )
         config = parse_command_line(config_class(argv[0]), f"{PROG} {argv[0]}", argv[1:])
         run_module(argv[0]).run(config)
     except UserError as error:

@@ -50,7 +50,6 @@ from cot2align.train.data import (
     Example,
     Row,
     Text,
-    collate,
     model_batch,
 )
 from cot2align.train.losses.dskd import DSKD
@@ -154,12 +153,8 @@ def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dic
     found["batch_size"] = max(fitting, default=0)
     found["gradient_accumulation"] = rows_per_step // max(fitting, default=1)
     if steps:
-        batch = collate(
-            largest(examples, config.batch_size, config.padding_free),
-            predict.tokens,
-            packed=config.padding_free,
-            cached=None if made.cache is None else made.cache.states,
-        )
+        some: Any = largest(examples, config.batch_size, config.padding_free)
+        batch = trainer.data_collator(some)
         found["dry_run"], found["used"] = _dry_run(trainer, batch, steps)
         epochs = len(examples) / (rows_per_step * processes) * config.epochs
         found["steps"] = config.max_steps or round(epochs)

@@ -752,6 +752,7 @@ def _unused(config: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
 # Settings that change how a command is run, or what is logged, not what comes out.
 _HOW = {
     *("output", "resume", "device", "token_maps", "logging_steps", "report_to", "checkpoints"),
+    "liger",
     *("concurrency", "requests_per_minute", "timeout", "retries", "api_key_env"),
 }
 
@@ -761,7 +762,7 @@ _HOW = {
 RESUMABLE_WITH = {
     *("epochs", "max_steps", "batch_size", "gradient_accumulation", "padding_free"),
     *("eval_batch_size", "eval_steps", "save_steps", "spike_factor", "on_nan", "merge"),
-    *("attn_implementation", "torch_compile", "gradient_checkpointing", "ot_backend", "liger"),
+    *("attn_implementation", "torch_compile", "gradient_checkpointing", "ot_backend"),
     *("teacher_cache", "teacher_cache_checksums", "trust_remote_code"),
 }
 

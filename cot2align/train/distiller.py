@@ -42,7 +42,7 @@ class Distiller(nn.Module):
     """Student and teacher with the objective between them.
 
     alpha: weight of the distillation terms; cross_cot: L_CCoT with its projections, or None; kd:
-    L_KD of (student, teacher), summed over tokens, or None; ce: L_CE's implementation.
+    L_KD of (student, teacher), summed over tokens, or None.
     """
 
     # Tells Trainer to pass the global batch's counts to forward.
@@ -57,7 +57,6 @@ class Distiller(nn.Module):
         ot_weight: float = 1.0,
         cross_cot: CrossCoT | None = None,
         kd: Callable[[TokenStates, TokenStates], KDLoss] | None = None,
-        ce: Callable[[TokenStates], tuple[Tensor, Tensor]] = cross_entropy,
     ):
         super().__init__()
         self.student = student
@@ -66,7 +65,8 @@ class Distiller(nn.Module):
         self.ot_weight = ot_weight
         self.cross_cot = cross_cot
         self.kd = kd
-        self.ce = ce
+        # Or Liger's.
+        self.cross_entropy: Callable[[TokenStates], tuple[Tensor, Tensor]] = cross_entropy
         self.measure_gradients = False
         # The layers that FSDP2 shards one by one. All else (heads, embeddings, projections) belongs
         # to this module, and is whole wherever `forward` reads it.
@@ -127,8 +127,9 @@ class Distiller(nn.Module):
         all_rows: Tensor,
     ) -> dict[str, Any]:
         # Gradients are measured by a further way through the graph, and Liger's allows one.
-        measured = self.measure_gradients and self.training
-        total, correct = (cross_entropy if measured else self.ce)(ours)
+        aligned = self.cross_cot is not None and theirs is not None
+        measured = aligned and self.measure_gradients and self.training
+        total, correct = (cross_entropy if measured else self.cross_entropy)(ours)
         ce = total / all_tokens
         loss = ce
         parts: dict[str, Tensor] = {"ce": ce.detach()}
@@ -223,9 +224,8 @@ def build_distiller(
         )
     bits = "4bit" if config.load_in_4bit else "none"
     student = load(name, student_tokenizer, dtype="float32", bits=bits)
-    ce = liger_cross_entropy(student) if config.liger else cross_entropy
     if isinstance(config, SFTConfig):
-        return _prepared(config, Distiller(student, ce=ce))
+        return _prepared(config, Distiller(student))
     assert teacher_tokenizer is not None
     if config.teacher_cache:
         teacher = load_shell(Path(config.teacher_cache), config.trust_remote_code)
@@ -273,7 +273,6 @@ def build_distiller(
         ot_weight=config.ot_weight,
         cross_cot=cross_cot,
         kd=kd,
-        ce=ce,
     )
     return _prepared(config, distiller)
 
@@ -345,6 +344,8 @@ def ot_settings(config: DistillConfig) -> OTSettings:
 def _prepared(config: SFTConfig | DistillConfig, distiller: Distiller) -> Distiller:
     if config.lora_r:
         distiller.student = add_lora(distiller.student, config)  # type: ignore[assignment]
+    if config.liger:
+        distiller.cross_entropy = liger_cross_entropy(distiller.student)
     if config.gradient_checkpointing:
         student = distiller.student
         # transformers renamed the method in 5.x and warns about the old name.

@@ -81,8 +81,12 @@ def check_training(config: SFTConfig | DistillConfig, checkpoint: Path) -> None:
     known = {f.name for f in dataclasses.fields(cls)}
     there = counted(build(cls, {name: kept[name] for name in kept.keys() & known}))
     here = {k: v for k, v in counted(config).items() if k not in RESUMABLE_WITH}
-    for name in ("train", "eval", "model", "student", "teacher"):
-        if here.get(name) and there.get(name) and _same_place(there[name], here[name]):
+    if config.keep_best == kept.get("keep_best", "none") == "none":  # then they are looked at only
+        for name in ("eval", "generate_rows", "generate_data", "generate_prompt", "max_new_tokens"):
+            here.pop(name, None)
+    for name in ("train", "eval", "generate_data", "model", "student", "teacher"):
+        paths = [[x] if isinstance(x, str) else x or [] for x in (there.get(name), here.get(name))]
+        if len(paths[0]) == len(paths[1]) > 0 and all(map(_same_place, *paths)):
             del here[name]
     differences = _differing(there, here)
     if not isinstance(config, cls):

@@ -144,7 +144,7 @@ class _Planner:
         if stage.command not in TRAININGS:
             return
         for file in config.generate_data if config.generate_rows else ():
-            if self.folder not in Path(file).parents:
+            if self.folder.resolve() not in Path(file).resolve().parents:
                 self.rows(f"stage {stage.name}: generate_data", file)
         for file in filter(None, (config.train, config.eval)):
             if config.texts == "cot" and not self.has_rationales(file):

@@ -349,13 +349,14 @@ class _Runner:
 
 
 def _visible_gpus() -> list[str]:
-    """By the names that CUDA_VISIBLE_DEVICES takes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",")]
+    """By the names that CUDA_VISIBLE_DEVICES takes; as CUDA reads it, to the first that is none."""
     import torch
 
-    return [str(index) for index in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(count)]
+    return [name.strip() for name in visible.split(",")][:count]
 
 
 class _Worker:
@@ -449,6 +450,8 @@ def stage_to_check(config: RecipeCheck) -> Iterator[tuple[CheckConfig, list[str]
         for name in ("student", "teacher", "model", "train", "eval"):
             if values.get(name) is not None:
                 values[name] = inputs.of(values[name])
+        if isinstance(values.get("generate_data"), list):
+            values["generate_data"] = [inputs.of(file) for file in values["generate_data"]]
         yield build(CheckConfig, values), [f"stage {stage.name} ({stage.command})", *inputs.notes]
 
 

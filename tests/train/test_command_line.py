@@ -157,7 +157,10 @@ def test_bad_words(refused) -> None:
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - TRAININGS))
 def test_only_trainings_take_several_processes(command, refused, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert f"{command} runs in one process; only sft and distill" in refused([command])
+    monkeypatch.setenv("RANK", "0")
+    assert f"{command} runs in one process, WORLD_SIZE is 2; only sft" in refused([command])
+    monkeypatch.delenv("RANK")  # as a cluster's scheduler has it, who starts one process
+    assert "WORLD_SIZE" not in refused([command, "--nonsense", "1"])
 
 
 @pytest.mark.parametrize("epsilon", ["0", "-0.1"])

@@ -478,9 +478,17 @@ def test_workers_of_a_study(data, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "taken"), [("3, 5", ["3", "5", "3"]), ("1", [None] * 3), ("", [None] * 3)]
+    ("visible", "count", "taken"),
+    [
+        ("3, 5", 2, ["3", "5", "3"]),
+        ("0,1,", 2, ["0", "1", "0"]),
+        ("0,-1", 1, [None] * 3),
+        ("1", 1, [None] * 3),
+        ("", 0, [None] * 3),
+    ],
 )
-def test_workers_share_cores_and_gpus(visible, taken, data, tmp_path, monkeypatch) -> None:
+def test_workers_share_cores_and_gpus(visible, count, taken, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     plan = planned(data, tmp_path / "study")

@@ -149,6 +149,7 @@ def test_resume_of_another_run_is_refused(distilled, workspace, tmp_path, capsys
 
     moved = shutil.copy(workspace.train, tmp_path / "rows.jsonl")
     assert "error: " not in resumed(batch_size=2, gradient_accumulation=2, train=str(moved))
+    assert "error: " not in resumed(eval=workspace.test)  # it decides on nothing
     changed = {"learning_rate": 1e-3, "alpha": 0.25, "teacher": workspace.teacher}
     assert resumed(**changed).endswith(
         "checkpoint-7 cannot be continued: learning_rate is 0.005 there and 0.001 here; "

@@ -8,9 +8,8 @@ only the cross entropy trains t2s (z is a constant of the divergence); neither t
 through z or r. Softmaxes are at the temperature, with no factor for it; the cross entropy is at 1.
 
 With one vocabulary both models have the same positions, as far as neither's response is cut, and
-the states need no alignment. With two,
-cross-model attention aligns them: a student token asks with the embeddings of its input and its
-target, teacher tokens of the same text answer with theirs,
+the states need no alignment. With two, cross-model attention aligns them: a student token asks with
+the embeddings of its input and its target, teacher tokens of the same text answer with theirs,
 
     A = query([e_in ; e_target]) ([E_in ; E_target] / std)^T / sqrt(2 D)
     z = head_s(softmax_teacher(A) t2s(H / std + E_target / std))
