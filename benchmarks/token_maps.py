@@ -20,22 +20,21 @@ import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cot2align.kernels import token_alignment
 from cot2align.train.losses.mined import MinED, TokenAligner
+from cot2align.train.new_model import byte_level_bpe
 
 PIECES = (50_257, 151_936)
 TOKENS = 256
 TURNS = 3
 MEBIBYTES = 48  # of sources
-END = "<|endoftext|>"
 
 
 def sources(where: str) -> list[str]:
@@ -58,36 +57,21 @@ def invented(words: int = 25_000) -> list[str]:
     return [" ".join(generator.choices(lexicon, frequencies, k=100)) for _ in range(words)]
 
 
-def trained(texts: Sequence[str], pieces: int) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer of so many pieces, or of as many as the texts give."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=pieces,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
-
-
 def pairs_of_tokens(
     texts: Sequence[str], aligner: TokenAligner, tokenizers: Sequence[PreTrainedTokenizerBase]
-) -> list[tuple[list[bytes], list[bytes]]]:
+) -> Iterator[tuple[list[bytes], list[bytes]]]:
     """Both tokenizations of the beginning of every text that is long enough."""
     student, teacher = tokenizers
-    pairs = []
     for text in texts:
         whole = student(text[: TOKENS * 20], add_special_tokens=False)
         if len(whole["input_ids"]) < TOKENS:
             continue
         ours = whole["input_ids"][:TOKENS]
         theirs = teacher(student.decode(ours), add_special_tokens=False)["input_ids"]
-        pairs.append(
-            ([aligner.student.tokens[i] for i in ours], [aligner.teacher.tokens[i] for i in theirs])
+        yield (
+            [aligner.student.tokens[i] for i in ours],
+            [aligner.teacher.tokens[i] for i in theirs],
         )
-    return pairs
 
 
 def main() -> None:
@@ -101,7 +85,9 @@ def main() -> None:
     options = parser.parse_args()
     library = sources("stdlib")
     tokenizers = [
-        AutoTokenizer.from_pretrained(folder) if folder else trained(texts(), pieces)
+        AutoTokenizer.from_pretrained(folder)
+        if folder
+        else byte_level_bpe(texts(), pieces, show_progress=True)
         for folder, texts, pieces in (
             (options.student, lambda: library, PIECES[0]),
             (options.teacher, lambda: sources("purelib") + invented(), PIECES[1]),
@@ -126,7 +112,7 @@ def main() -> None:
         f"of {another}"
     )
 
-    pairs = pairs_of_tokens(library, aligner, tokenizers)[: options.texts]
+    pairs = list(itertools.islice(pairs_of_tokens(library, aligner, tokenizers), options.texts))
     plain = mock.patch.multiple(token_alignment, _native=None, _warn_of_python=lambda: None)
 
     def align() -> tuple[float, list[list[int]]]:

@@ -14,6 +14,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case
 from benchmarks.ways import WAYS, Way
 from cot2align import fused_ot_loss
+from cot2align.train.new_model import byte_level_bpe
 
 ROOT = Path(__file__).parents[1]
 SMALL = Case("small", "main", 3, 9, 12, width=8, teacher_width=6, num_iters=5)
@@ -157,7 +158,7 @@ def test_check_spares_a_backend_the_sizes_that_it_does_not_take(monkeypatch, cap
 def test_token_maps(monkeypatch, tmp_path, capsys):
     texts = ["def add(first, second): return first + second", "while number < 3: print(number)"]
     for name, pieces in (("student", 270), ("teacher", 280)):
-        tokenizer = token_maps.trained(texts * 3, pieces)
+        tokenizer = byte_level_bpe(texts * 3, pieces)
         assert len(tokenizer) == pieces
         tokenizer.save_pretrained(tmp_path / name)
     arguments = [f"--{name}={tmp_path / name}" for name in ("student", "teacher")]

@@ -77,7 +77,9 @@ def row_texts(rows: Iterable[Row], prompt_format: str) -> list[str]:
     ]
 
 
-def byte_level_bpe(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFast:
+def byte_level_bpe(
+    texts: Iterable[str], pieces: int, show_progress: bool = False
+) -> PreTrainedTokenizerFast:
     """GPT-2's kind: any text, no unknown token, none at the beginning."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -86,7 +88,7 @@ def byte_level_bpe(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFast
         vocab_size=pieces,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
