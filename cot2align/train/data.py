@@ -468,8 +468,8 @@ def collate(
     }
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:
-        paired = [len(examples[row].texts) == 2 for row, _ in texts]
-        if crossed and any(paired):
+        paired = [len(examples[row].texts) == 2 for row, _ in texts] if crossed else []
+        if any(paired):
             both = zip(teacher_texts, paired, strict=True)
             teacher_texts = [text if has_pair else Text([], 0) for text, has_pair in both]
         batch["teacher"] = model_batch(teacher_texts, tokens, packed)

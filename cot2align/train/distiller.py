@@ -300,8 +300,8 @@ def kd_loss(
     same_tokens: the models are compared at the same tokens, see `one_vocabulary`. ends: their
     end-of-sequence tokens. aligner: of the two tokenizers, for MinED.
     """
+    temperature = config.temperature or (1.0 if config.kd == "uld" else 2.0)
     if config.kd == "kl":
-        temperature = config.temperature or 2.0
         return partial(kl, divergence=config.divergence, temperature=temperature, ends=ends)
     if config.kd == "dskd":
         for model in (student, teacher):
@@ -316,14 +316,13 @@ def kd_loss(
             width(teacher),
             one_vocabulary=same_tokens,
             divergence=config.divergence,
-            temperature=config.temperature or 2.0,
+            temperature=temperature,
         )
     if config.kd == "mined":
         assert aligner is not None
-        temperature = config.temperature or 2.0
         return MinED(aligner.student_ids, temperature=temperature, equal=aligner.equal)
     if config.kd == "uld":
-        return partial(uld, temperature=config.temperature or 1.0)
+        return partial(uld, temperature=temperature)
     return None
 
 

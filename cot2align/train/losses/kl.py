@@ -47,12 +47,14 @@ def kl(
     ours, theirs = shared_positions(student, teacher)
     vocabulary = min(student.vocabulary, teacher.vocabulary)
     distance = DIVERGENCES[divergence]
+    order = None
+    if ends is not None and ends[0] != ends[1]:
+        order = torch.arange(vocabulary, device=teacher.hidden.device)
+        order[list(ends)] = order[list(ends[::-1])]
 
     def terms(*logits: Tensor) -> tuple[Tensor]:
         log_q, log_p = ((z[:, :vocabulary] / temperature).log_softmax(-1) for z in logits)
-        if ends is not None and ends[0] != ends[1]:
-            order = torch.arange(vocabulary, device=log_p.device)
-            order[list(ends)] = order[list(ends[::-1])]
+        if order is not None:
             log_p = log_p[:, order]
         return (distance(log_p, log_q).sum(),)
 
