@@ -27,7 +27,7 @@ from cot2align.train.losses.mined import (
 )
 from cot2align.train.models import load_tokenizer
 from cot2align.train.token_states import token_states
-from tests.conftest import cli, log_of
+from tests.conftest import byte_level_bpe, cli, log_of
 from tests.kernels.test_token_alignment import direct_alignment, direct_distance
 from tests.train.conftest import Pair, random_states
 
@@ -91,6 +91,17 @@ def test_vocabulary_map(fallback, tokenizers) -> None:
     if fallback:  # every byte is a token on both sides
         for byte in set(range(256)) - {token_id - 2 for token_id in teacher.roles}:
             assert student.tokens[ids[byte + 2]] == bytes([byte])
+
+
+def test_special_tokens_without_a_role() -> None:
+    student, teacher = byte_level_bpe(), byte_level_bpe()
+    student.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|tool|>"]})
+    teacher.add_special_tokens({"additional_special_tokens": ["<|tool|>", "<|tools|>"]})
+    ids = vocabulary_map(Vocabulary(student), Vocabulary(teacher))
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    assert ids[theirs["<|tool|>"]] == ours["<|tool|>"]
+    assert ids[theirs["<|tools|>"]] == -1
+    assert ours["<|user|>"] not in ids
 
 
 def test_bytes_beside_their_pieces(tokenizers, tmp_path) -> None:

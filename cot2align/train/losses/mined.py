@@ -6,10 +6,10 @@
 A token is the bytes that it stands for: byte-level alphabets, SentencePiece's space marker and its
 <0x0A> are read back, so that tokens of any two tokenizers can be compared. The vocabulary map sends
 a teacher's token to the student's equal one, else to the one of least edit distance (of several the
-first id); special tokens only to the special token of the same role, and a <0x2E> beside a piece
-"." only to another <0x2E>. A response's two tokenizations are aligned by time warping on edit
-distances. A student token is aligned if that matches it with exactly one teacher token and the map
-sends this one to it.
+first id); special tokens only to the special token of the same role or, without a role, of the same
+text, and a <0x2E> beside a piece "." only to another <0x2E>. A response's two tokenizations are
+aligned by time warping on edit distances. A student token is aligned if that matches it with
+exactly one teacher token and the map sends this one to it.
 
 The moved logit of a student token is that of the equal teacher token, without one that of the first
 teacher id that is mapped to it, and without any its p is 0. Softmaxes are at the temperature, with
@@ -59,8 +59,8 @@ class Vocabulary:
     """What every token of a tokenizer stands for.
 
     tokens: bytes by id. roles: id -> what a token that no text is made of is called: the role of a
-    special token, the first of ROLES that it has; or a spare byte's "<0x2E>", where another piece
-    is that byte.
+    special token, the first of ROLES that it has, or its own text; or a spare byte's "<0x2E>",
+    where another piece is that byte.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -83,6 +83,9 @@ class Vocabulary:
             token_id = getattr(tokenizer, f"{role}_token_id")
             if token_id is not None and token_id not in self.roles:
                 self.roles[token_id] = role
+        for token_id, added_token in tokenizer.added_tokens_decoder.items():
+            if added_token.special:
+                self.roles.setdefault(token_id, added_token.content)
         for token_id, role in self.roles.items():
             # No text has the byte 0xff: far from every other token, equal to its counterpart.
             self.tokens[token_id] = b"\xff" + role.encode()
