@@ -4,15 +4,16 @@
 
 Two setups, forward and backward without the optimizer: the demo's distillation, and a larger one
 (student of about 13 M parameters, teacher of 36 M, four of the demo's problems in each text). Each
-with the compiled loss ("native"), with plain PyTorch ("reference"), without the loss but with the
-teacher ("no OT") and with the student's cross entropy alone ("student only"); they take turns. The
-share of the loss is what torch.profiler gives to its module's forward pass and to the nodes of the
-backward pass that were made there.
+with the compiled loss ("native"), also with `padding_free` ("packed"), with plain PyTorch
+("reference"), without the loss but with the teacher ("no OT") and with the student's cross entropy
+alone ("student only"); they take turns. The share of the loss is what torch.profiler gives to its
+module's forward pass and to the nodes of the backward pass that were made there.
 
-And the per-sample way: student and teacher run once for the standard and once for the
-chain-of-thought texts, make all logits, and go through layers, rows and pairs one by one:
-Sinkhorn's scaling form under autograd, with a test of convergence on the host after every
-iteration. Nothing is timed before the ways' losses and gradients agree.
+And the way of the authors' code ("per sample"): student and teacher run once for the standard and
+once for the chain-of-thought texts, all padded to max_length, make all logits, and go through
+layers, rows and pairs one by one: Sinkhorn's scaling form under autograd, with a test of
+convergence on the host after every iteration. "trimmed" is the same, padded to the longest text of
+each forward pass. Nothing is timed before the ways' losses and gradients agree.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from cot2align.train.models import load_tokenizer
 from cot2align.train.recipe import make_plan
 
 JOINED = 4  # problems of the demo in one text of the larger setup
-WAYS = ("native", "reference", "no OT", "student only", "per sample")
+BACKENDS = {"native": "native", "packed": "native", "reference": "reference"}
+PLAIN = ("per sample", "trimmed")
+WAYS = (*BACKENDS, "no OT", "student only", *PLAIN)
 
 
 def enlarge(folder: Path) -> dict[str, int]:
@@ -96,15 +99,16 @@ def make_step(
 
 
 def forward(
-    model: PreTrainedModel, texts: Sequence[Text]
+    model: PreTrainedModel, texts: Sequence[Text], width: int | None
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """One padded forward pass -> response states by layer and text, response logits by text."""
-    ids = [torch.tensor(text.ids) for text in texts]
-    mask = [torch.ones_like(one) for one in ids]
-    padded, attention = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, mask))
-    output = model(
-        input_ids=padded, attention_mask=attention, output_hidden_states=True, use_cache=False
-    )
+    """One forward pass, padded to `width` or the longest text -> response states by layer and text,
+    response logits by text."""
+    width = width or max(len(text.ids) for text in texts)
+    ids, mask = torch.zeros(2, len(texts), width, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        mask[row, : len(text.ids)] = 1
+    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     places = [slice(text.prompt_length - 1, len(text.ids) - 1) for text in texts]
     layers = (output.hidden_states[0], output.hidden_states[-1])
     states = [[layer[b, place] for b, place in enumerate(places)] for layer in layers]
@@ -126,14 +130,16 @@ def sinkhorn_loss(x: Tensor, y: Tensor, projection: Tensor, config: DistillConfi
     return (u[:, None] * kernel * v * cost).sum()
 
 
-def plain_loss(distiller: Distiller, config: DistillConfig, examples: list[Example]) -> Tensor:
-    """The demo's objective, the per-sample way; every row has both texts."""
+def plain_loss(
+    distiller: Distiller, config: DistillConfig, examples: list[Example], width: int | None
+) -> Tensor:
+    """The demo's objective, sample by sample; every row has both texts. width: see `forward`."""
     student, teacher = [], []
     for is_cot in (False, True):
         pairs = [text for example in examples for text in example.texts if text.is_cot == is_cot]
-        student.append((forward(distiller.student, [p.student for p in pairs]), pairs))
+        student.append((forward(distiller.student, [p.student for p in pairs], width), pairs))
         with torch.no_grad():
-            teacher.append(forward(distiller.teacher, [p.teacher for p in pairs])[0])
+            teacher.append(forward(distiller.teacher, [p.teacher for p in pairs], width)[0])
     ce, tokens = torch.zeros(()), 0
     for (_, logits), pairs in student:
         for one, pair in zip(logits, pairs, strict=True):
@@ -157,16 +163,18 @@ def one_step(
     """-> the loss and its gradients for what is trained (None where the way has none)."""
     teacher, cross_cot = distiller.teacher, distiller.cross_cot
     try:
-        if way == "per sample":
-            loss = plain_loss(distiller, config, examples)
+        if way in PLAIN:
+            width = None if way == "trimmed" else config.max_length
+            loss = plain_loss(distiller, config, examples, width)
         else:
-            if way in WAYS[:2]:
-                cross_cot.settings = replace(cross_cot.settings, backend=way)
+            if way in BACKENDS:
+                cross_cot.settings = replace(cross_cot.settings, backend=BACKENDS[way])
             else:
                 distiller.cross_cot = None
             if way == "student only":
                 distiller.teacher = None
-            loss = distiller(**collate(examples))["loss"]
+            layout = "packed" if way == "packed" else "padded"
+            loss = distiller(**collate(examples, layout=layout))["loss"]
     finally:
         distiller.teacher, distiller.cross_cot = teacher, cross_cot
     trained = [p for p in distiller.parameters() if p.requires_grad]
@@ -217,7 +225,7 @@ def setup(name: str, rows: int, repeats: int) -> list[dict[str, object]]:
 
     want_loss, gradients = steps["native"]()
     want = torch.cat([gradient.flatten() for gradient in gradients])
-    for way in ("reference", "per sample"):
+    for way in ("packed", "reference", *PLAIN):
         loss, gradients = steps[way]()
         gradient = torch.cat([gradient.flatten() for gradient in gradients])
         errors = [
@@ -240,7 +248,7 @@ def setup(name: str, rows: int, repeats: int) -> list[dict[str, object]]:
     for way, measured in times.items():
         of = torch.tensor(measured, dtype=torch.float64)
         share = 0.0
-        if way in WAYS[:2]:
+        if way in BACKENDS:
             assert distiller.cross_cot is not None
             share = share_of_loss(steps[way], distiller.cross_cot)
         table.append(
@@ -248,7 +256,7 @@ def setup(name: str, rows: int, repeats: int) -> list[dict[str, object]]:
             | {"threads": torch.get_num_threads()}
             | {f"step_ms_{q}": f"{1e3 * of.quantile(at):.4g}" for q, at in QUANTILES.items()}
             | {"tokens_per_second": f"{tokens / of.median():.0f}"}
-            | {"ot_share": "" if way == "per sample" else f"{share:.3f}"}
+            | {"ot_share": "" if way in PLAIN else f"{share:.3f}"}
         )
     return table
 

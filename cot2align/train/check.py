@@ -15,7 +15,8 @@ The two forward passes are measured: every tensor that they make is counted, at 
 most 256 tokens, and a parabola through these gives the bytes of any batch. The others are formulas.
 Not all items are alive together: the peak is the largest of the four moments teacher run, losses,
 backward, optimizer. Not counted: the libraries themselves, a CUDA context, what an allocator loses.
-Then two steps are run on that batch, with the optimizer, and timed; nothing is written.
+Then two steps are run on that batch, with the optimizer, and timed; nothing is written but MinED's
+maps, which the run then finds.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from cot2align.train.data import (
     Row,
     Text,
     model_batch,
+    places,
 )
 from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.mined import Vocabulary, shared_tokens
@@ -67,16 +69,17 @@ SAMPLE = 1000  # rows that tokens per character are counted on
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A batch as memory sees it: texts and, of each side, the padded length, all tokens, those
-    whose states are packed, and the response's."""
+    """A batch as memory sees it, of each side: the longest text, the rows and their width, the
+    tokens whose states are packed, and the response's."""
 
-    texts: int
     length: int
-    everything: int
+    rows: int
+    width: int
     tokens: int
     responses: int
     teacher_length: int
-    teacher_everything: int
+    teacher_rows: int
+    teacher_width: int
     teacher_tokens: int
     teacher_responses: int
 
@@ -153,7 +156,7 @@ def _check(config: SFTConfig | DistillConfig, processes: int, steps: int) -> dic
     found["batch_size"] = max(fitting, default=0)
     found["gradient_accumulation"] = rows_per_step // max(fitting, default=1)
     if steps:
-        some: Any = largest(examples, config.batch_size, config.padding_free)
+        some: Any = largest(examples, config.batch_size, trainer.layout)
         batch = trainer.data_collator(some)
         found["dry_run"], found["used"] = _dry_run(trainer, batch, steps)
         epochs = len(examples) / (rows_per_step * processes) * config.epochs
@@ -237,25 +240,20 @@ class _Predictor:
         self.distiller = cast(Any, trainer.model)
         self.config = cast(Any, trainer.config)
         distills = isinstance(trainer.config, DistillConfig)
-        self.tokens: str = self.config.tokens if distills else "response"
         self.cached = distills and self.config.teacher_cache is not None
         longest = shape(largest(examples, 1))
         self.student_run = self._measured(self.distiller.student, longest.length, True)
-        self.teacher_run: Callable[[int, float], list[int]] = lambda texts, length: [0]
+        self.teacher_run: Callable[[int, int], list[int]] = lambda rows, width: [0]
         if self.distiller.teacher is not None and not self.cached:
             self.teacher_run = self._measured(self.distiller.teacher, longest.teacher_length, False)
 
     def __call__(self, batch_size: int) -> Memory:
-        size = shape(largest(self.examples, batch_size, self.config.padding_free), self.tokens)
+        layout, tokens = self.trainer.layout, self.trainer.tokens
+        size = shape(largest(self.examples, batch_size, layout), layout, tokens)
         student, teacher = self.distiller.student, self.distiller.teacher
         projections = [*self.distiller.projection_parameters().values()]
         trained = _bytes(p for p in (*student.parameters(), *projections) if p.requires_grad)
-        ours, theirs = (
-            ((2, size.everything / 2), (2, size.teacher_everything / 2))
-            if self.config.padding_free
-            else ((size.texts, size.length), (size.texts, size.teacher_length))
-        )
-        activations, recomputed = self.student_run(*ours)
+        activations, recomputed = self.student_run(size.rows, size.width)
         items = {
             "student weights": _bytes((*student.parameters(), *student.buffers())),
             "teacher weights": _bytes((*teacher.parameters(), *teacher.buffers()))
@@ -265,7 +263,7 @@ class _Predictor:
             "gradients": trained * (2 if self.processes > 1 else 1),
             "optimizer": 2 * trained,
             "activations": activations + recomputed,
-            "teacher run": self.teacher_run(*theirs)[0],
+            "teacher run": self.teacher_run(size.teacher_rows, size.teacher_width)[0],
             "logits": 0,
             "OT": 0,
         }
@@ -320,19 +318,21 @@ class _Predictor:
 
     def _measured(
         self, model: PreTrainedModel, longest: int, trains: bool
-    ) -> Callable[[int, float], list[int]]:
-        """(texts, length) -> bytes: what a forward pass that trains leaves, and what its backward
+    ) -> Callable[[int, int], list[int]]:
+        """(rows, width) -> bytes: what a forward pass that trains leaves, and what its backward
         pass adds at most (checkpoints are computed again), without gradients of weights; else the
         most in a forward pass that does not train."""
         longest = min(longest, LONGEST_MEASURED)
         lengths = sorted({max(4, longest // 4), max(6, longest // 2), max(8, longest)})
+        shapes = []
         known = [*model.parameters(), *model.buffers()]
         trained = [p for p in known if p.requires_grad][:1]
         found = []
         for length in lengths:
             # Two lengths, so that the attention's mask is made, as in any batch.
             texts = [Text([0] * n, 1) for n in (length, length - 1)]
-            batch = model_batch(texts, packed=self.config.padding_free)
+            batch = model_batch(texts, layout=self.trainer.layout)
+            shapes.append(batch["input_ids"].shape)
             inputs = self.trainer._prepare_inputs(model_inputs(batch))
             device = self.trainer.args.device
             precision = nullcontext() if trains else own_precision(model, device)
@@ -350,32 +350,36 @@ class _Predictor:
                 torch.autograd.grad(last, trained, torch.ones_like(last))
                 found.append([left, counted.peak - left])
             del last
-        powers = torch.tensor(lengths, dtype=torch.float64)[:, None] ** torch.arange(3)
+
+        def parts(rows: int, width: int) -> list[int]:
+            return [1, rows * width, rows * width**2]
+
+        powers = torch.tensor([parts(*size) for size in shapes], dtype=torch.float64)
         fit = torch.linalg.solve(powers, torch.tensor(found, dtype=torch.float64))
 
-        def of(texts: int, length: float) -> list[int]:
-            parts = torch.tensor([1, texts / 2 * length, texts / 2 * length**2]).double()
-            return [max(0, round(value)) for value in (parts @ fit).tolist()]
+        def of(rows: int, width: int) -> list[int]:
+            values = torch.tensor(parts(rows, width), dtype=torch.float64) @ fit
+            return [max(0, round(value)) for value in values.tolist()]
 
         return of
 
 
-def shape(examples: Sequence[Example], tokens: str = "response") -> Shape:
-    """The Shape of a batch of these rows; tokens: the positions that are packed."""
+def shape(examples: Sequence[Example], layout: str = "padded", tokens: str = "response") -> Shape:
+    """The Shape of a batch of these rows; layout: see `data.places`; tokens: the positions whose
+    states are packed."""
     texts = [pair for example in examples for pair in example.texts]
     sides = []
     for side in ([pair.student for pair in texts], [pair.teacher for pair in texts]):
         present = [text for text in side if text is not None]
-        length = max((len(text.ids) for text in present), default=0)
+        lengths = [len(text.ids) for text in present]
+        _, rows, width = places(lengths, layout) if present else ((), 0, 0)
         responses = sum(len(text.response_ids) for text in present)
-        everything = sum(len(text.ids) for text in present)
-        sides.append((length, everything, everything if tokens == "all" else responses, responses))
-    return Shape(len(texts), *sides[0], *sides[1])
+        packed = sum(lengths) if tokens == "all" else responses
+        sides.append((max(lengths, default=0), rows, width, packed, responses))
+    return Shape(*sides[0], *sides[1])
 
 
-def largest(
-    examples: Sequence[Example], batch_size: int, padding_free: bool = False
-) -> list[Example]:
+def largest(examples: Sequence[Example], batch_size: int, layout: str = "padded") -> list[Example]:
     """Of the batches of one shuffled epoch, that with the most tokens, padding counted or not."""
     order = random.Random(0).sample(range(len(examples)), len(examples))
     batches = (
@@ -384,10 +388,8 @@ def largest(
     )
 
     def tokens(batch: Sequence[Example]) -> int:
-        of = shape(batch)
-        if padding_free:
-            return of.everything + of.teacher_everything
-        return of.texts * (of.length + of.teacher_length)
+        of = shape(batch, layout)
+        return of.rows * of.width + of.teacher_rows * of.teacher_width
 
     return max(batches, key=tokens)
 

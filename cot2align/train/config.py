@@ -98,7 +98,7 @@ class TrainConfig(TextConfig):
     max_steps: int | None = setting(None, "optimizer steps; beats epochs", at_least=1)
     batch_size: int = setting(8, "rows per process and forward pass", at_least=1)
     padding_free: bool = setting(
-        False, "pack the texts of a batch into one sequence, where the attention keeps them apart"
+        False, "texts of a batch share rows, where the attention keeps them apart: less padding"
     )
     group_by_length: bool = setting(False, "rows of like length in a step: less padding")
     gradient_accumulation: int = setting(1, "forward passes per optimizer step", at_least=1)

@@ -18,7 +18,6 @@ nothing back from the device.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
@@ -443,7 +442,7 @@ def collate(
     examples: Sequence[Example],
     tokens: str = "response",
     *,
-    packed: bool = False,
+    layout: str = "padded",
     crossed: bool = False,
     cached: Callable[[Sequence[Text], str], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, Any]:
@@ -453,13 +452,14 @@ def collate(
     row of each text, "text_is_cot": [B], "num_tokens": student response tokens, "num_rows",
     "ids": of the rows}. See `model_batch`. With MinED the student's has an "alignment" of its R
     response tokens: int64 "student" [A] and "teacher" [A], the aligned ones and their partners of
-    the teacher's, and "unaligned" [R - A]. packed: see `model_batch`. crossed: only rows with both
-    texts have a pair, those of the others are empty for the teacher (unless no row has one: a model
-    needs a text). cached: gives the teacher's "states", see `teacher.TeacherCache.states`.
+    the teacher's, and "unaligned" [R - A]. layout: see `model_batch`. crossed: only rows with both
+    texts have a pair, those of the others are empty for the teacher (but for the shortest one where
+    no row has a pair: a model needs a text). cached: gives the teacher's "states", see
+    `teacher.TeacherCache.states`.
     """
     texts = [(row, pair) for row, example in enumerate(examples) for pair in example.texts]
     batch: dict[str, Any] = {
-        "student": model_batch([pair.student for _, pair in texts], tokens, packed),
+        "student": model_batch([pair.student for _, pair in texts], tokens, layout),
         "text_rows": [row for row, _ in texts],
         "text_is_cot": [pair.is_cot for _, pair in texts],
         "num_tokens": sum(len(pair.student.response_ids) for _, pair in texts),
@@ -468,11 +468,14 @@ def collate(
     }
     teacher_texts = [pair.teacher for _, pair in texts if pair.teacher is not None]
     if teacher_texts:
-        paired = [len(examples[row].texts) == 2 for row, _ in texts] if crossed else []
-        if any(paired):
-            both = zip(teacher_texts, paired, strict=True)
-            teacher_texts = [text if has_pair else Text([], 0) for text, has_pair in both]
-        batch["teacher"] = model_batch(teacher_texts, tokens, packed)
+        if crossed:
+            needed = [len(examples[row].texts) == 2 for row, _ in texts]
+            if not any(needed):
+                lengths = [len(text.ids) for text in teacher_texts]
+                needed[lengths.index(min(lengths))] = True
+            chosen = zip(teacher_texts, needed, strict=True)
+            teacher_texts = [text if is_needed else Text([], 0) for text, is_needed in chosen]
+        batch["teacher"] = model_batch(teacher_texts, tokens, layout)
         if cached is not None:
             batch["teacher"]["states"] = cached([t for t in teacher_texts if t.ids], tokens)
     alignments = [pair.alignment for _, pair in texts if pair.alignment is not None]
@@ -494,25 +497,44 @@ def collate(
     return batch
 
 
-def model_batch(
-    texts: Iterable[Text], tokens: str = "response", packed: bool = False
-) -> dict[str, Any]:
-    """What one model's forward pass needs of `B` texts, padded on the right to `L`; packed: of the
-    texts back to back as one of length `L`, without padding. Empty texts have no row and no token.
+def places(lengths: Sequence[int], layout: str) -> tuple[list[int], int, int]:
+    """Where texts begin in a matrix of tokens, flat, and its rows and its width.
 
-    input_ids: int64 [B, L], packed [1, L]. attention_mask: int64 [B, L], or, packed, position_ids:
-    int64 [1, L], which begin again with every text. positions: int64 [T], the flat places of
-    input_ids whose states are wanted: with tokens "response" those that predict a response token,
-    with "all" every place that holds a token. cu_seqlens: list of B + 1 ints, the packed places of
-    each text. response: int64 [R], which of the T predict a response token, or None where all do.
-    targets: int64 [R], the response tokens. cu_responses: list of B + 1 ints, those of each text.
+    layout: "padded": every text has a row; "packed": as many as fit into the longest one's width
+    share a row; "joined": all are in one row. Empty texts have no place.
+    """
+    width = sum(lengths) if layout == "joined" else max(lengths)
+    order = list(range(len(lengths)))
+    if layout == "packed":  # The longest first, each into the first row with room for it.
+        order.sort(key=lambda text: -lengths[text])
+    starts = [0] * len(lengths)
+    room: list[int] = []
+    for text in order:
+        if length := lengths[text]:
+            row = next((row for row, free in enumerate(room) if free >= length), len(room))
+            room += [width] * (row == len(room))
+            starts[text] = (row + 1) * width - room[row]
+            room[row] = 0 if layout == "padded" else room[row] - length
+    return starts, len(room), width
+
+
+def model_batch(
+    texts: Iterable[Text], tokens: str = "response", layout: str = "padded"
+) -> dict[str, Any]:
+    """What one model's forward pass needs of `B` texts in `n` rows of `L` tokens, by `places`.
+
+    input_ids: int64 [n, L]. attention_mask: int64 [n, L], or, where texts share a row,
+    position_ids: int64 [n, L], which begin again with every text. positions: int64 [T], the flat
+    places of input_ids whose states are wanted: with tokens "response" those that predict a
+    response token, with "all" every place that holds a token. cu_seqlens: list of B + 1 ints, which
+    of the T are of each text. response: int64 [R], which of the T predict a response token, or None
+    where all do. targets: int64 [R], the response tokens. cu_responses: list of B + 1 ints, those
+    of each text.
     """
     texts = list(texts)
     lengths = [len(text.ids) for text in texts]
-    width = max(lengths)
-    sizes = lengths if packed else [width * (length > 0) for length in lengths]
-    *starts, size = itertools.accumulate(sizes, initial=0)
-    input_ids, position_ids, attention_mask = torch.zeros(3, size, dtype=torch.int64)
+    starts, rows, width = places(lengths, layout)
+    input_ids, position_ids, attention_mask = torch.zeros(3, rows * width, dtype=torch.int64)
     positions: list[int] = []
     response: list[int] = []
     targets: list[int] = []
@@ -529,11 +551,12 @@ def model_batch(
         targets.extend(text.response_ids)
         cu_seqlens.append(len(positions))
         cu_responses.append(len(targets))
-    rows = 1 if packed else size // width
-    kept = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
+    name, of_places = (
+        ("attention_mask", attention_mask) if layout == "padded" else ("position_ids", position_ids)
+    )
     return {
-        "input_ids": input_ids.view(rows, -1),
-        **{name: tensor.view(rows, -1) for name, tensor in kept.items()},
+        "input_ids": input_ids.view(rows, width),
+        name: of_places.view(rows, width),
         "positions": torch.tensor(positions, dtype=torch.int64),
         "cu_seqlens": cu_seqlens,
         "response": torch.tensor(response, dtype=torch.int64) if tokens == "all" else None,

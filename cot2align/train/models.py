@@ -173,19 +173,17 @@ def body_states(model: PreTrainedModel, **inputs: torch.Tensor) -> tuple[torch.T
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, name: str) -> None:
     """Raises UserError for a model that does not keep packed texts apart."""
-    lengths = (5, 3)
-    ids = torch.arange(sum(lengths), device=model.device)[None]
-    places = torch.cat([torch.arange(n, device=model.device) for n in lengths])[None]
+    ids = torch.arange(16, device=model.device).view(2, 8)
+    texts = [*ids[:1].tensor_split([5], 1), *ids[1:].tensor_split([2], 1)]
+    places = torch.cat([torch.arange(text.shape[1], device=model.device) for text in texts])
     training = model.training
     model.eval()
     try:
-        packed = body_states(model, input_ids=ids, position_ids=places)[-1][0].float()
+        packed = body_states(model, input_ids=ids, position_ids=places.view(2, 8))[-1].flatten(0, 1)
         alone = torch.cat(
             [
-                body_states(model, input_ids=text, attention_mask=torch.ones_like(text))[-1][
-                    0
-                ].float()
-                for text in ids.split(lengths, 1)
+                body_states(model, input_ids=text, attention_mask=torch.ones_like(text))[-1][0]
+                for text in texts
             ]
         )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:

@@ -100,6 +100,7 @@ from cot2align.train.distiller import Distiller, build_distiller, one_vocabulary
 from cot2align.train.evaluate import predict, samples_table
 from cot2align.train.files import write_whole
 from cot2align.train.generation import Generator
+from cot2align.train.losses.dskd import DSKD
 from cot2align.train.losses.mined import TokenAligner
 from cot2align.train.models import FLASH, Tokenizer, device_of, load_tokenizer
 from cot2align.train.origin import check_training
@@ -132,6 +133,9 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
             f"{arguments.world_size} processes",
             flush=True,
         )
+        if isinstance(trainer.model.kd, DSKD):
+            attends = trainer.model.kd.query is not None
+            print(f"dskd {'by cross-model attention' if attends else 'with one vocabulary'}")
         for name, cut in made.cuts.items():
             if cut.prompts or cut.responses:
                 print(f"{name} texts {cut}", flush=True)
@@ -198,6 +202,11 @@ def set_up(config: SFTConfig | DistillConfig, checkpoint: str | None = None) -> 
             f"no row of {config.eval} has a rationale, and texts is 'cot'; 'eval: none' leaves "
             "them out"
         )
+    crossed_only = isinstance(config, DistillConfig) and config.ot and not config.cst
+    if crossed_only and not any(row.rationale for row in rows):
+        raise UserError(
+            f"'cst' is off and no row of {config.train} has a rationale: none has a crossed pair"
+        )
     samples = _samples(config)
     transformers_logging.set_verbosity_error()
     set_seed(config.seed)
@@ -212,7 +221,8 @@ def set_up(config: SFTConfig | DistillConfig, checkpoint: str | None = None) -> 
             cache.check(config)
         tokenizers = [load(config.student), load(config.teacher_cache or config.teacher)]
         same_tokens = one_vocabulary(config, *tokenizers)
-        _check_backend(config, arguments.device)
+        if config.ot:
+            _check_backend(config, arguments.device)
     else:
         tokenizers = [load(config.model)]
 
@@ -325,6 +335,13 @@ class DistillTrainer(Trainer):
         self.config = config
         self.student_tokenizer = tokenizer
         self.samples = samples or {}
+        self.tokens = "response"
+        if isinstance(config, DistillConfig) and config.ot:
+            self.tokens = config.tokens
+        self.layout = "padded"
+        if config.padding_free:
+            # Flash attention tells texts apart in one row only, and needs no mask there.
+            self.layout = "joined" if config.attn_implementation == FLASH else "packed"
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         self._steps = 0
@@ -337,8 +354,8 @@ class DistillTrainer(Trainer):
             args=args,
             data_collator=partial(
                 collate,
-                tokens=config.tokens if isinstance(config, DistillConfig) else "response",
-                packed=config.padding_free,
+                tokens=self.tokens,
+                layout=self.layout,
                 crossed=isinstance(config, DistillConfig)
                 and config.kd == "none"
                 and not config.cst,

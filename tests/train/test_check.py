@@ -20,6 +20,7 @@ from transformers import (
 
 from cot2align.train.check import CountedBytes, check, largest, shape
 from cot2align.train.config import CheckConfig, build
+from cot2align.train.data import collate
 from cot2align.train.models import load_tokenizer
 from tests.conftest import cli, log_of, sample_rows, write_rows
 
@@ -220,12 +221,14 @@ def test_suggestions_and_refusals(distill_settings, capsys) -> None:
         assert said in capsys.readouterr().err
 
 
-def test_the_largest_batch(two_tokenizers) -> None:
+@pytest.mark.parametrize("layout", ["padded", "packed", "joined"])
+def test_the_largest_batch(layout, two_tokenizers) -> None:
     examples = two_tokenizers.examples
-    assert shape(largest(examples, 1)).texts == 2
-    whole = shape(largest(examples, len(examples)))
-    assert whole.texts == sum(len(example.texts) for example in examples)
-    batch = two_tokenizers.batch
-    assert (whole.texts, whole.length) == batch["student"]["input_ids"].shape
-    assert whole.teacher_length == batch["teacher"]["input_ids"].shape[1]
+    assert shape(largest(examples, 1, layout)).rows == 2
+    whole = shape(largest(examples, len(examples), layout), layout)
+    batch = collate(examples, layout=layout)
+    assert (whole.rows, whole.width) == batch["student"]["input_ids"].shape
+    assert (whole.teacher_rows, whole.teacher_width) == batch["teacher"]["input_ids"].shape
+    assert whole.length == two_tokenizers.batch["student"]["input_ids"].shape[1]
+    assert whole.teacher_length == two_tokenizers.batch["teacher"]["input_ids"].shape[1]
     assert whole.responses == whole.tokens == len(batch["student"]["targets"])

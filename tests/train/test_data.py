@@ -190,23 +190,27 @@ def test_batch_holds_all_texts_of_all_rows() -> None:
     assert batch["student"]["input_ids"].shape[0] == batch["teacher"]["input_ids"].shape[0] == 5
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed", "joined"])
 @pytest.mark.parametrize("tokens", ["response", "all"])
-def test_rows_without_a_crossed_pair_are_no_work_for_the_teacher(tokens, packed) -> None:
-    rows = [parse_row(json.dumps(row), "test", str(i)) for i, row in enumerate(sample_rows(3))]
+def test_rows_without_a_crossed_pair_are_no_work_for_the_teacher(tokens, layout) -> None:
+    rows = [parse_row(json.dumps(row), "test", str(i)) for i, row in enumerate(sample_rows(4))]
     examples, _ = encode_rows(rows, encoder(byte_level_bpe()), encoder(unigram()))
-    whole = collate(examples, tokens, packed=packed)
-    batch = collate(examples, tokens, packed=packed, crossed=True)
+    *examples, further = examples  # the first and the last have no rationale
+    whole = collate(examples, tokens, layout=layout)
+    batch = collate(examples, tokens, layout=layout, crossed=True)
     assert torch.equal(batch["student"]["input_ids"], whole["student"]["input_ids"])
-    without = collate(examples[1:], tokens, packed=packed)["teacher"]
+    without = collate(examples[1:], tokens, layout=layout)["teacher"]
     for name, value in batch["teacher"].items():
         expected = without[name]
         if name.startswith("cu_"):  # the row without a rationale has no token
             assert value == [0, *expected]
         elif expected is not None:
             assert torch.equal(value, expected)
-    alone = collate(examples[:1], tokens, packed=packed, crossed=True)["teacher"]
-    assert alone["input_ids"].numel() == len(examples[0].texts[0].teacher.ids)
+    # A model needs a text.
+    unpaired = [examples[0], further]
+    one = collate(unpaired, tokens, layout=layout, crossed=True)["teacher"]
+    lengths = [len(example.texts[0].teacher.ids) for example in unpaired]
+    assert one["input_ids"].numel() == min(lengths) < max(lengths)
 
 
 def test_packed_positions_predict_the_response() -> None:

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from cot2align.train.config import UserError
-from cot2align.train.data import LengthSampler, Text, model_batch
+from cot2align.train.data import LengthSampler, Text, model_batch, places
 from cot2align.train.models import check_packing
 from cot2align.train.teacher import embedding_states
 from cot2align.train.token_states import token_states
@@ -54,9 +56,9 @@ def test_states_and_gradients_are_the_padded_ones(side, tokens, attention, works
     model.set_attn_implementation(attention)
     check_packing(model, side)
     outcomes = []
-    for packed in (False, True):
-        batch = model_batch(TEXTS, tokens, packed)
-        assert batch["input_ids"].shape == ((1, 30) if packed else (3, 17))
+    for layout, shape in (("padded", (3, 17)), ("packed", (2, 17)), ("joined", (1, 30))):
+        batch = model_batch(TEXTS, tokens, layout)
+        assert batch["input_ids"].shape == shape
         states = token_states(model, batch, ["embed", "last", "1"])
         model.zero_grad()
         generator = torch.Generator().manual_seed(0)
@@ -66,8 +68,28 @@ def test_states_and_gradients_are_the_padded_ones(side, tokens, attention, works
         embedded = embedding_states(model, batch).flatten(0, 1)[batch["positions"]]
         assert torch.equal(embedded, states.layers["embed"])
         outcomes.append([*states.layers.values(), states.inputs, states.targets, *gradients])
-    for ours, theirs in zip(*outcomes, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for padded, *others in zip(*outcomes, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, padded, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "joined"])
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any))
+def test_places(layout, lengths) -> None:
+    """Every token has a place of its own, in the row where its text begins."""
+    starts, rows, width = places(lengths, layout)
+    texts = [range(start, start + n) for start, n in zip(starts, lengths, strict=True) if n]
+    taken = [place for text in texts for place in text]
+    assert len(set(taken)) == len(taken) == sum(lengths)
+    assert all(text[0] // width == text[-1] // width for text in texts)
+    assert {place // width for place in taken} == set(range(rows))
+    assert width == (sum(lengths) if layout == "joined" else max(lengths))
+    if layout == "padded":
+        assert starts[: len(texts)] == [i * width for i in range(rows)] or 0 in lengths
+        assert rows == len(texts)
+    if layout == "packed":  # No two rows would fit into one.
+        filled = sorted(sum(place // width == row for place in taken) for row in range(rows))
+        assert rows == 1 or filled[0] + filled[1] > width
 
 
 @pytest.mark.parametrize(
