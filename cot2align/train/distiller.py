@@ -132,7 +132,8 @@ class Distiller(nn.Module):
         total, correct = (cross_entropy if measured else self.cross_entropy)(ours)
         ce = total / all_tokens
         loss = ce
-        parts: dict[str, Tensor] = {"ce": ce.detach()}
+        # A copy: with several processes Trainer scales the loss in place.
+        parts: dict[str, Tensor] = {"ce": ce.detach().clone()}
         metrics = {
             "token_accuracy": torch.stack([correct, torch.full_like(correct, len(ours.targets))])
         }
@@ -278,12 +279,23 @@ def build_distiller(
 
 
 def one_vocabulary(config: DistillConfig, student: Tokenizer, teacher: Tokenizer) -> bool:
-    """Whether L_KD compares two models at the same tokens. Raises UserError where it would have to
-    but cannot."""
+    """Whether L_KD compares two models at the same tokens: with DSKD, where their tokenizers have
+    the same ids and split texts by the same rules. Raises UserError where it would have to but
+    cannot."""
     if config.kd == "kl":
         same_vocabulary(student, teacher)
         return True
-    return config.kd == "dskd" and student.get_vocab() == teacher.get_vocab()
+    if config.kd != "dskd" or student.get_vocab() != teacher.get_vocab():
+        return False
+    ours, theirs = student.backend_tokenizer, teacher.backend_tokenizer
+    return all(
+        _state(getattr(ours, stage)) == _state(getattr(theirs, stage))
+        for stage in ("normalizer", "pre_tokenizer", "model")
+    )
+
+
+def _state(stage: Any) -> bytes | None:
+    return None if stage is None else stage.__getstate__()
 
 
 def kd_loss(

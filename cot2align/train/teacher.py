@@ -168,7 +168,7 @@ class TeacherCache:
         differences += other_files("the teacher", files, self.facts["teacher"], self.facts["files"])
         if not files:
             print(f"teacher {config.teacher} is not here to be compared with its cache", flush=True)
-        if config.tokens == "all" and self.facts["tokens"] != "all":
+        if config.ot and config.tokens == "all" and self.facts["tokens"] != "all":
             differences.append(
                 "tokens is all here, but the cache has the response tokens only (made with "
                 "--tokens response)"

@@ -78,11 +78,13 @@ def token_states(
 ) -> TokenStates:
     """One forward pass of `model` over a `data.model_batch`."""
     hidden_states = body_states(model, **model_inputs(batch))
+    indices = {name: layer_index(name) % len(hidden_states) for name in (*layers, "last")}
+    # One tensor for all names of a layer, so that a gradient at one counts what uses another.
     packed = {
-        name: hidden_states[layer_index(name)].flatten(0, 1).index_select(0, batch["positions"])
-        for name in dict.fromkeys([*layers, "last"])
+        index: hidden_states[index].flatten(0, 1).index_select(0, batch["positions"])
+        for index in dict.fromkeys(indices.values())
     }
-    return packed_states(model, batch, packed)
+    return packed_states(model, batch, {name: packed[i] for name, i in indices.items()})
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:

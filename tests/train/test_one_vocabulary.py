@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -112,6 +113,14 @@ def base_and_chat(workspace, tmp_path):
     return load_tokenizer(workspace.student), tokenizer
 
 
+@pytest.fixture
+def spaced(workspace):
+    """One more space before the first word is another first token."""
+    tokenizer = AutoTokenizer.from_pretrained(workspace.sibling)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
 def encoders(tokenizers, formats: tuple[str, str]) -> list[TextEncoder]:
     limits = {"max_length": 120, "max_prompt_length": 110}
     return [
@@ -120,7 +129,7 @@ def encoders(tokenizers, formats: tuple[str, str]) -> list[TextEncoder]:
     ]
 
 
-def test_rows_of_one_vocabulary(base_and_chat, workspace) -> None:
+def test_rows_of_one_vocabulary(base_and_chat, spaced, workspace) -> None:
     rows = read_rows(workspace.train)
     both = encoders(base_and_chat, ("paper", "raw"))
     examples, cuts = encode_rows(rows, *both, same_vocabulary=True)
@@ -130,19 +139,31 @@ def test_rows_of_one_vocabulary(base_and_chat, workspace) -> None:
     assert any(a < b for a, b in lengths)
     assert any(a == b for a, b in lengths)
 
-    # One more space before the first word is another first token.
-    spaced = AutoTokenizer.from_pretrained(workspace.sibling)
-    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(UserError, match=r"split the response of row .* differently; kd uld and"):
         encode_rows(rows, *encoders((base_and_chat[0], spaced), ("raw", "raw")),
                     same_vocabulary=True)  # fmt: skip
 
 
+def test_dskd_attends_where_one_vocabulary_is_split_by_other_rules(
+    spaced, distill_settings, workspace, tmp_path, capsys
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(workspace.sibling, teacher)
+    spaced.save_pretrained(teacher)
+    settings = {**distill_settings, "teacher": teacher, "max_steps": 1}
+    assert cli("distill", output=tmp_path / "kl", kd="kl", **settings) == 2
+    assert "differently; kd uld and mined can" in capsys.readouterr().err
+    assert cli("distill", output=tmp_path / "out", kd="dskd", **settings) == 0
+    assert "dskd by cross-model attention" in capsys.readouterr().out
+    assert "kd.query.weight" in load_file(tmp_path / "out" / "projections.safetensors")
+
+
 @pytest.mark.parametrize("kd", ["kl", "dskd"])
-def test_run(kd, base_and_chat, distill_settings, workspace, tmp_path) -> None:
+def test_run(kd, base_and_chat, distill_settings, workspace, tmp_path, capsys) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(workspace.sibling, teacher)
     base_and_chat[1].save_pretrained(teacher)
     settings = {**distill_settings, "teacher": teacher, "kd": kd, "ot": "off", "max_steps": 1}
     assert cli("distill", output=tmp_path / "out", **settings) == 0
     assert 0 < log_of(tmp_path / "out")[0]["kd"] < 100
+    assert ("dskd with one vocabulary" in capsys.readouterr().out) == (kd == "dskd")

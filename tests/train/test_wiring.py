@@ -12,7 +12,7 @@ from torch import Tensor
 from cot2align.kernels.ot_loss import OTSettings
 from cot2align.train.config import DIVERGENCES, DistillConfig, build
 from cot2align.train.data import TextEncoder, collate, encode_rows, read_rows
-from cot2align.train.distiller import build_distiller
+from cot2align.train.distiller import Distiller, build_distiller
 from cot2align.train.losses import cross_cot as cross_cot_module
 from cot2align.train.losses.cross_cot import CrossCoT
 from cot2align.train.losses.cross_entropy import cross_entropy
@@ -23,7 +23,7 @@ from cot2align.train.losses.uld import uld
 from cot2align.train.models import body_of, load_tokenizer
 from cot2align.train.token_states import TokenStates, token_states
 from cot2align.train.trainer import DistillTrainer, training_arguments
-from tests.conftest import cli, log_of
+from tests.conftest import cli, log_of, sample_rows, write_rows
 
 
 class Built:
@@ -152,6 +152,68 @@ def test_a_setting_reaches_its_loss(given, other, plain, workspace) -> None:
     expected, without = objective(built, **given), objective(built, **{**given, **other})
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
     assert (without - expected).norm() > 1e-4 * expected.norm()
+
+
+def test_what_the_collator_makes_of_settings(plain) -> None:
+    """Of five rows, three of them with a rationale: 8 texts, 6 of them in a crossed pair."""
+    texts = [text for example in Built(plain).examples for text in example.texts]
+    sides = {"student": [t.student for t in texts], "teacher": [t.teacher for t in texts]}
+    responses = {side: sum(len(t.response_ids) for t in some) for side, some in sides.items()}
+    tokens = {side: sum(len(t.ids) for t in some) for side, some in sides.items()}
+    for given, wanted in (
+        ({}, responses),
+        ({"tokens": "all"}, tokens),
+        ({"tokens": "all", "ot": False, "kd": "uld"}, responses),
+    ):
+        built = Built(plain | given)
+        batch = trainer_of(built).data_collator(built.examples)
+        assert {side: len(batch[side]["positions"]) for side in wanted} == wanted
+    for given, rows in (({}, 8), ({"cst": False}, 6), ({"cst": False, "kd": "uld"}, 8)):
+        built = Built(plain | given)
+        batch = trainer_of(built).data_collator(built.examples)
+        assert [len(batch[side]["input_ids"]) for side in wanted] == [8, rows]
+
+
+def test_settings_of_a_term_that_is_off_refuse_nothing(plain, tmp_path, capsys) -> None:
+    cache = {name: plain[name] for name in ("teacher", "train", "max_length", "max_prompt_length")}
+    assert cli("cache", output=tmp_path / "cache", **cache) == 0
+    run = {**plain, "kd": "uld", "max_steps": 1, "teacher_cache": tmp_path / "cache"}
+    off = {"ot": "off", "tokens": "all", "ot_backend": "cuda"}
+    assert cli("distill", output=tmp_path / "off", **run, **off) == 0
+    assert "ot is off: no effect of tokens, ot_backend" in capsys.readouterr().out
+    assert log_of(tmp_path / "off")[0]["kd"] > 0
+    for name, message in (("tokens", "the response tokens only"), ("ot_backend", "'ot_backend'")):
+        assert cli("distill", output=tmp_path / "on", **run, **{name: off[name]}) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_crossed_pairs_that_no_row_has_are_refused(plain, tmp_path, capsys) -> None:
+    rows = [{k: v for k, v in row.items() if k != "rationale"} for row in sample_rows(3)]
+    plain["train"] = write_rows(tmp_path / "train.jsonl", rows)
+    assert cli("distill", output=tmp_path / "out", **plain, cst="off") == 2
+    assert "train.jsonl has a rationale: none has a crossed pair" in capsys.readouterr().err
+
+
+def test_the_loss_can_be_scaled_in_place(plain) -> None:
+    """As Trainer does, with several processes."""
+    built = Built(plain)
+    student = {name: value for name, value in built.batch.items() if name != "teacher"}
+    output = Distiller(built.distiller.student)(**student)
+    before = output["parts"]["ce"].item()
+    output["loss"] *= 2
+    assert output["parts"]["ce"].item() == before == output["loss"].item() / 2
+
+
+def test_a_layer_by_its_index(plain, tmp_path) -> None:
+    logs = []
+    for last in ("last", "-1"):
+        run = {"layers": ["embed", last], "max_steps": 1, "output": str(tmp_path / last)}
+        trainer = trainer_of(Built(plain | run))
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert logs[0]["ot/grad_norm"] > 0
+    for name in ("loss", "ot/cst", "ot/crc", "ot/grad_norm", "ot/grad_ratio", "grad_norm/student"):
+        assert logs[0][name] == logs[1][name], name
 
 
 @pytest.mark.parametrize("rate", [None, 3e-3])
