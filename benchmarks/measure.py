@@ -34,6 +34,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 PANELS = (512 + 64) * 256 + 128 * 1024
 SHORT = 300  # ms
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+PROC = Path("/proc/self")  # Linux
 
 
 def forward_backward(way: Way, case: Case, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -208,9 +209,11 @@ def iterations(case: Case, tensors: Tensors) -> float:
 
 def peak_mib(case: str, way: str, device: str) -> float:
     """Of forward + backward above the inputs, in a process of its own, so that nothing that another
-    way left behind counts."""
+    way left behind counts; NaN where there is no /proc, as on macOS."""
     if device == "cuda":
         return peak_here(case, way, device)
+    if not PROC.exists():
+        return math.nan
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-m", "benchmarks", "peak", case, way, "--threads", threads]
     # Large blocks go back to the system when they are freed, so that the peak is that of use.
@@ -236,11 +239,11 @@ def peak_here(case_name: str, way_name: str, device: str) -> float:
     forward_backward(way, small, small.make())  # threads, libraries, compilers
 
     def resident(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = (PROC / "status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    (PROC / "clear_refs").write_text("5")  # the peak begins anew
     forward_backward(way, case, tensors)
     return resident("VmHWM") - before
 

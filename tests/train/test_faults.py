@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,9 +63,8 @@ def killed_after(entries: int, settings: dict, launcher: tuple[str, ...] = ()) -
             stderr=nowhere,
         )
         wait_for_log(settings["output"], entries)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, children)):
-            os.kill(pid, signal.SIGKILL)
+        for running in (process, *psutil.Process(process.pid).children()):
+            running.kill()
         assert process.wait() == -signal.SIGKILL
 
 

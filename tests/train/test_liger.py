@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytest.importorskip("liger_kernel")
+
 from cot2align.train import distiller
 from cot2align.train.config import UserError
 from cot2align.train.losses.cross_entropy import cross_entropy, liger_cross_entropy

@@ -34,7 +34,8 @@ def check_liger(device: str) -> None:
         import liger_kernel.transformers  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"setting 'liger': {error}; the package liger-kernel comes with the extra 'liger'"
+            f"setting 'liger': {error}; the package liger-kernel comes with the extra 'liger', "
+            "on Linux"
         ) from None
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
