@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds, checks every backend against float64, then measures. No network is
-# needed: torch, triton, pybind11, ninja, setuptools and pytest must be there. Results go to FOLDER.
+# needed: torch, triton, pybind11, ninja, setuptools, pytest, hypothesis and tqdm must be there, which
+# `pip install -e '.[test,bench,peers]'` brings, with the peers. Results go to FOLDER.
 #
 #     bash benchmarks/gpu.sh [FOLDER [STEP...]]        STEP: build compile check measure sanitize
 #
-# PYTHON=python3. With TORCH_CUDA_ARCH_LIST=9.0 the build takes a third of the time.
+# PYTHON=python3 (.venv/bin/python after `make doctor`). With TORCH_CUDA_ARCH_LIST=9.0 the build takes a third of the time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mkdir -p "${1:-benchmarks/results}" && cd "${1:-benchmarks/results}" && pwd)
