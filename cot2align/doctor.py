@@ -165,15 +165,17 @@ def advice(facts: Facts) -> list[str]:
     if torch["error"]:
         lines.append(f"PyTorch does not import ({torch['error']}): pip install 'torch>=2.6,<3'")
     if facts["versions"]["transformers"] is None:
-        lines.append("training needs transformers and more: pip install 'cot2align[train]'")
+        lines.append(
+            "training needs transformers and more: in the source tree, pip install -e '.[train]'"
+        )
     if native["error"]:
         lines.append(f"the compiled module does not load ({native['error']}): build it again")
     elif build is None and Path(cot2align.__file__).parents[1].joinpath("setup.py").exists():
         lines.append("Python runs the source tree, where nothing is compiled: pip install -e .")
     elif build is None:
         lines.append(
-            "the CPU part was not compiled (COT2ALIGN_NATIVE=0): install a C++ compiler, then "
-            "pip install --force-reinstall --no-deps cot2align"
+            "the CPU part was not compiled (COT2ALIGN_NATIVE=0): install a C++ compiler, then in "
+            "the source tree COT2ALIGN_NATIVE=1 pip install --force-reinstall --no-deps ."
         )
     if build is None:
         return lines

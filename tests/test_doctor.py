@@ -97,7 +97,7 @@ def test_where_everything_fits_there_is_nothing_to_do() -> None:
     ("changes", "words"),
     [
         ({"torch__error": "No module named 'torch'"}, ["PyTorch does not import"]),
-        ({"versions__transformers": None}, ["cot2align[train]"]),
+        ({"versions__transformers": None}, ["source tree", "'.[train]'"]),
         ({"native__build": None}, ["source tree", "pip install -e ."]),
         (
             {"native__build": None, "native__error": "libgomp.so.1"},
@@ -116,6 +116,15 @@ def test_what_is_missing_comes_with_what_to_do(changes: dict[str, Any], words: l
     (line,) = machine(**changes)["advice"]
     assert all(word in line for word in words), line
     assert line in doctor.table(machine(**changes))
+
+
+def test_a_package_without_its_native_part_is_built_from_the_source_tree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor.cot2align, "__file__", str(tmp_path / "cot2align" / "__init__.py"))
+    (line,) = machine(native__build=None)["advice"]
+    assert "not compiled" in line
+    assert line.endswith("tree COT2ALIGN_NATIVE=1 pip install --force-reinstall --no-deps .")
 
 
 @pytest.mark.parametrize("built", [{"cuda": False, "cuda_archs": ""}, {"cuda_archs": "9.0 10.0"}])
