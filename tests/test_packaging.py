@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
-    *("csrc", "cot2align", "tests", "recipes", "benchmarks"),
+    *("csrc", "cot2align", "tests", "recipes", "benchmarks", "docs", ".ci"),
     *("setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "Makefile"),
     *("LICENSE", "README.md", "CONTRIBUTING.md"),
 )
