@@ -100,7 +100,8 @@ def fused_ot_loss(
         pairs = torch.stack((segment, segment), dim=1)
         weights = None
         if reduction != "none":
-            weights = _reduction_weights(x.segments[:, 1], y.segments[:, 1], reduction)
+            lengths = x.segments[:, 1], y.segments[:, 1]
+            weights = _reduction_weights(*lengths, reduction, torch.float32)
         uniform = student_mask is None and teacher_mask is None
         sizes = _Sizes(*bounds, batch * bounds[0] * _padded(bounds[1]), uniform)
         terms = _solve(x, y, projection, pairs, weights, sizes, settings, backend)
@@ -140,9 +141,9 @@ def fused_ot_loss_varlen(
             `torch.compile(fullgraph=True)` on a GPU needs them. A problem that is longer than a
             given bound has loss NaN.
 
-    Returns a float32 scalar, [Q] for `reduction="none"` (eq. 9-14 for each pair). Raises ValueError
-    or TypeError as `fused_ot_loss` does; the values of cu_seqlens and pairs are checked on the CPU
-    only, on a device they must be right.
+    Returns the loss as float32 (float64 for float64 inputs), a scalar or, for `reduction="none"`,
+    [Q] (eq. 9-14 for each pair). Raises ValueError or TypeError as `fused_ot_loss` does; the values
+    of cu_seqlens and pairs are checked on the CPU only, on a device they must be right.
     """
     settings = OTSettings(epsilon, num_iters, tol, grad, backend)
     if reduction not in REDUCTIONS:
@@ -288,7 +289,7 @@ def choose_backend(
     """
     if wanted == "reference":
         return wanted
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+    if reference.loss_dtype(*tensors) == torch.float64:
         if wanted is None:
             return "reference"
         raise TypeError(f"backend {wanted!r} takes float32, bfloat16 and float16, got float64")
@@ -467,9 +468,11 @@ def _pack(tokens: Tensor, mask: Tensor | None, leave_out: bool) -> _Texts:
     return _Texts(flat, torch.stack((first, lengths), dim=1), places)
 
 
-def _reduction_weights(lengths_x: Tensor, lengths_y: Tensor, reduction: str) -> Tensor:
+def _reduction_weights(
+    lengths_x: Tensor, lengths_y: Tensor, reduction: str, dtype: torch.dtype
+) -> Tensor:
     """What "mean" or "sum" is, as weights [Q] of the problems' losses."""
-    valid = ((lengths_x > 0) & (lengths_y > 0)).float()
+    valid = ((lengths_x > 0) & (lengths_y > 0)).to(dtype)
     return valid / valid.sum().clamp(min=1) if reduction == "mean" else valid
 
 
@@ -498,14 +501,15 @@ def _varlen(
     def lengths() -> tuple[Tensor, Tensor]:
         return segments_x[pairs[:, 0], 1], segments_y[pairs[:, 1], 1]
 
+    dtype = reference.loss_dtype(student, teacher, projection)
     weights = None
     if isinstance(weighting, Tensor):
         if weighting.shape != pairs.shape[:1]:
             raise ValueError(f"weights must be [{len(pairs)}], got {list(weighting.shape)}")
         _check_place("weights", weighting, device)
-        weights = weighting.detach().to(device, torch.float32, non_blocking=True).contiguous()
+        weights = weighting.detach().to(device, dtype, non_blocking=True).contiguous()
     elif weighting != "none":
-        weights = _reduction_weights(*lengths(), weighting)
+        weights = _reduction_weights(*lengths(), weighting, dtype)
     with torch.autocast(device.type, enabled=False):
         if not student.is_cpu:  # kernels are chosen and launched by the lengths
             longest_x = _longest(cu_seqlens[0].diff()) if longest_x is None else longest_x
@@ -519,7 +523,7 @@ def _varlen(
             lengths_x, lengths_y = lengths()
             exceeds = (lengths_x > x.shape[1]) | (lengths_y > y.shape[1])
             loss = solved.loss.masked_fill(exceeds, math.nan)
-            total = loss.sum() if weights is None else loss @ weights.to(loss)
+            total = loss.sum() if weights is None else loss @ weights
             return OTTerms(total, loss, *solved[3:])
         most = len(pairs) * bounds[0] * _padded(bounds[1])
         uniform = entries == most

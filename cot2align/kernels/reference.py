@@ -117,6 +117,12 @@ def fused_ot_loss(
     return reduce(solved.loss, valid, reduction)
 
 
+def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """In which the loss of these tensors is computed: float64 if one is, else float32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
 def reduce(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
     """Losses [B] -> scalar or [B]; "mean" is over the problems that have tokens on both sides."""
     if reduction == "none":
@@ -138,8 +144,7 @@ def solve(
 ) -> OTPlan:
     """Solve a padded batch; `loss` is differentiable as `settings.grad` says, the rest detached."""
     with torch.autocast(student.device.type, enabled=False):
-        tensors = [student, teacher] if projection is None else [student, teacher, projection]
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        dtype = loss_dtype(student, teacher, projection)
         x, y = student.to(dtype), teacher.to(dtype)
         rows = _all_valid(x) if student_mask is None else student_mask
         cols = _all_valid(y) if teacher_mask is None else teacher_mask

@@ -271,6 +271,30 @@ def test_weights_and_pairs_may_be_strided():
             )
 
 
+def test_float64_is_not_rounded_by_the_weights():
+    x, y = (t.unflatten(0, (3, -1)) for t in direct.problem(12, 15)[:2])
+    p = direct.problem(1, 1)[2]
+    packed = {
+        "cu_seqlens_student": torch.arange(0, 13, 4),
+        "cu_seqlens_teacher": torch.arange(0, 16, 5),
+    }
+
+    def varlen(x, y, p):
+        return fused_ot_loss_varlen(x.flatten(0, 1), y.flatten(0, 1), p, **packed)
+
+    def weighted(x, y, p):
+        weights = torch.full((3,), 1 / 3, dtype=torch.float64)
+        how = {**packed, "weights": weights, "settings": reference.OTSettings()}
+        return ot_loss.ot_loss_terms(x.flatten(0, 1), y.flatten(0, 1), p, **how).total
+
+    expected, expected_grads = direct.gradients(fused_ot_loss, (x, y, p))
+    for loss in (varlen, weighted):
+        value, grads = direct.gradients(loss, (x, y, p))
+        assert direct.relative(value, expected) < 1e-14
+        for got, want in zip(grads, expected_grads, strict=True):
+            assert direct.relative(got, want) < 1e-14
+
+
 def test_weights_and_diagnostics():
     x, y, p = (t.float() for t in direct.problem(9, 11))
     cu_x, cu_y = torch.tensor([0, 4, 9]), torch.tensor([0, 0, 5, 11])
