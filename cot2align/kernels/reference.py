@@ -234,6 +234,11 @@ def _sinkhorn(
     return (exponent + f[:, :, None] + g[:, None, :]).exp(), num_iters, marginal_error
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where tensors of this device can be float64: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _implicit_gradient(plan: Tensor, cost: Tensor, epsilon: float) -> Tensor:
     """dL/dC [B, N, M] at the fixed point: T * (1 - (C - z - w) / epsilon), where z and w solve
 
@@ -242,9 +247,10 @@ def _implicit_gradient(plan: Tensor, cost: Tensor, epsilon: float) -> Tensor:
 
     z is eliminated. What remains for w is singular along the constants, and wherever the plan
     falls into blocks that exchange no mass; those directions do not matter, and the pseudo-inverse
-    leaves them out.
+    leaves them out. In float64, on the CPU where the device has none.
     """
-    plan, cost = plan.double(), cost.double()
+    device = float64_device(cost.device)
+    plan, cost = plan.to(device).double(), cost.to(device).double()
     finite = plan.isfinite().all(2).all(1)[:, None, None]
     plan = torch.where(finite, plan, 1.0)
     weighted = plan * cost.nan_to_num()
@@ -261,5 +267,5 @@ def _implicit_gradient(plan: Tensor, cost: Tensor, epsilon: float) -> Tensor:
 
 def _zero_with_slope(cost: Tensor, slope: Tensor) -> Tensor:
     """Zero per problem, whose gradient with respect to the cost is `slope`."""
-    term = (cost * slope.to(cost.dtype)).sum((1, 2))
+    term = (cost * slope.to(cost.dtype).to(cost.device)).sum((1, 2))
     return term - term.detach()

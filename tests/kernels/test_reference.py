@@ -44,6 +44,11 @@ def test_gradcheck(grad):
     assert torch.autograd.gradcheck(loss, (x, y, p))
 
 
+@pytest.mark.parametrize(("name", "where"), [("mps", "cpu"), ("cpu", "cpu"), ("cuda:1", "cuda:1")])
+def test_the_implicit_gradient_is_solved_where_float64_is(name, where):
+    assert reference.float64_device(torch.device(name)) == torch.device(where)
+
+
 def test_detached_is_the_plan_as_a_constant():
     x, y, p = direct.problem(5, 7)
     solved = reference.solve(
