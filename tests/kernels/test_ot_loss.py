@@ -643,6 +643,13 @@ def test_twice_differentiable_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_transforms_of_functions_are_refused(transform):
+    x, y = torch.randn(2, 1, 4, 3), torch.randn(1, 5, 3)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(lambda x: fused_ot_loss(x, y))(x if transform is torch.func.vmap else x[0])
+
+
 def test_plan_for_looking():
     x, y, p = (t.float()[None] for t in direct.problem(6, 8))
     mask = torch.tensor([[True] * 4 + [False] * 2])
