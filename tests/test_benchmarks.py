@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[1]
 SMALL = Case("small", "main", 3, 9, 12, width=8, teacher_width=6, num_iters=5)
 PLAIN = Case("small-plain", "main", 2, 9, 12, width=8, teacher_width=None, num_iters=5)
 RAGGED = Case("small-ragged", "main", 3, 30, 40, 8, 6, num_iters=5, ragged=True)
+DETACHED = Way(
+    lambda case, tensors: fused_ot_loss(**tensors, epsilon=0.1, num_iters=5, grad="detached"),
+    "wrong",
+)
 reads_peaks = pytest.mark.skipif(not measure.PROC.exists(), reason="reads the peak from /proc")
 
 
@@ -50,16 +54,22 @@ def test_every_way_agrees_with_float64(small, monkeypatch, tmp_path, capsys):
 
 
 def test_a_wrong_gradient_gets_no_speed(small, monkeypatch, tmp_path, capsys):
-    detached = Way(
-        lambda case, tensors: fused_ot_loss(**tensors, epsilon=0.1, num_iters=5, grad="detached"),
-        "wrong",
-    )
-    monkeypatch.setitem(WAYS, "product", detached)
+    monkeypatch.setitem(WAYS, "product", DETACHED)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "small", "--no-memory", "--repeats=1"])
     assert main() == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "wrong here" in line]
     assert not [line for line in lines if re.search(r"naive.*\d x faster", line)]
+
+
+def test_no_speed_is_reported_against_another_gradient(small, monkeypatch, tmp_path):
+    out = tmp_path / "small.csv"
+    arguments = ["run", "small", "--no-memory", "--repeats=1", "--ways", "product", "naive"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--out", str(out)])
+    monkeypatch.setitem(WAYS, "naive", DETACHED)
+    assert main() == 0
+    assert "| other gradient |" in report.table(out)
+    assert not re.search(r"\d x \|", report.table(out))
 
 
 def test_float64_truth_is_the_mean_over_problems():
