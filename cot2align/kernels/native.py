@@ -162,7 +162,9 @@ def ot_loss(
             isa=isa or INSTRUCTION_SETS[0],
         )
     except MemoryError:
+        n, m = segments_x[pairs[:, 0], 1].max(), segments_z[pairs[:, 1], 1].max()
         raise MemoryError(
-            f"no memory for {num_iters} iterations: the gradient keeps 2 (N + M) floats of each"
+            f"no memory for problems of up to N = {n}, M = {m} tokens: one takes 2 N M floats or "
+            f"more, and its unrolled gradient 2 (N + M) for each of {num_iters} iterations"
         ) from None
     return loss, iterations, marginal_error, dx, dz

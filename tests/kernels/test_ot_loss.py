@@ -842,6 +842,16 @@ def test_bad_settings_and_tensors_are_named():
     refused(TypeError, "teacher_mask must be a bool", x, y, p, teacher_mask=torch.ones(2, 5))
 
 
+def test_too_little_memory_comes_with_what_takes_it(monkeypatch):
+    def fails(*_, **__):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(native._native, "ot_loss", fails)
+    x, y = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4)
+    pattern = r"N = 3, M = 5 tokens: .* 2 N M floats .* 2 \(N \+ M\) for each of 7 iterations"
+    refused(MemoryError, pattern, x, y, num_iters=7, backend="native")
+
+
 def test_bad_packing_is_named():
     x, y = torch.randn(5, 4), torch.randn(6, 4)
     good = {
