@@ -18,7 +18,9 @@ nothing back from the device.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -500,21 +502,31 @@ def collate(
 def places(lengths: Sequence[int], layout: str) -> tuple[list[int], int, int]:
     """Where texts begin in a matrix of tokens, flat, and its rows and its width.
 
-    layout: "padded": every text has a row; "packed": as many as fit into the longest one's width
-    share a row; "joined": all are in one row. Empty texts have no place.
+    layout: "padded": every text has a row; "packed": texts share rows, of the width up to twice the
+    longest text's that leaves the least padding; "joined": all are in one row. Empty texts have no
+    place.
     """
-    width = sum(lengths) if layout == "joined" else max(lengths)
-    order = list(range(len(lengths)))
-    if layout == "packed":  # The longest first, each into the first row with room for it.
-        order.sort(key=lambda text: -lengths[text])
+    longest = max(lengths)
+    if layout == "padded":
+        *starts, size = itertools.accumulate((longest * (n > 0) for n in lengths), initial=0)
+        return starts, size // longest, longest
+    if layout == "joined":
+        return _first_fit(lengths, sum(lengths))
+    widths = range(longest, 2 * longest, math.ceil(longest / 16))
+    filled = [_first_fit(lengths, width) for width in widths]
+    return min(filled, key=lambda one: one[1] * one[2])
+
+
+def _first_fit(lengths: Sequence[int], width: int) -> tuple[list[int], int, int]:
+    """`places` where each text, the longest first, goes into the first row with room for it."""
     starts = [0] * len(lengths)
     room: list[int] = []
-    for text in order:
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
         if length := lengths[text]:
             row = next((row for row, free in enumerate(room) if free >= length), len(room))
             room += [width] * (row == len(room))
             starts[text] = (row + 1) * width - room[row]
-            room[row] = 0 if layout == "padded" else room[row] - length
+            room[row] -= length
     return starts, len(room), width
 
 

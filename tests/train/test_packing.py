@@ -27,7 +27,10 @@ from cot2align.train.teacher import embedding_states
 from cot2align.train.token_states import token_states
 from tests.conftest import byte_level_bpe, cli, log_of
 
-TEXTS = [Text(list(range(5, 5 + length)), prompt) for length, prompt in ((9, 3), (4, 1), (17, 16))]
+TEXTS = [
+    Text(list(range(5, 5 + length)), prompt)
+    for length, prompt in ((9, 3), (4, 1), (17, 16), (12, 5))
+]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 40}
 
 
@@ -56,7 +59,7 @@ def test_states_and_gradients_are_the_padded_ones(side, tokens, attention, works
     model.set_attn_implementation(attention)
     check_packing(model, side)
     outcomes = []
-    for layout, shape in (("padded", (3, 17)), ("packed", (2, 17)), ("joined", (1, 30))):
+    for layout, shape in (("padded", (4, 17)), ("packed", (2, 21)), ("joined", (1, 42))):
         batch = model_batch(TEXTS, tokens, layout)
         assert batch["input_ids"].shape == shape
         states = token_states(model, batch, ["embed", "last", "1"])
@@ -83,13 +86,22 @@ def test_places(layout, lengths) -> None:
     assert len(set(taken)) == len(taken) == sum(lengths)
     assert all(text[0] // width == text[-1] // width for text in texts)
     assert {place // width for place in taken} == set(range(rows))
-    assert width == (sum(lengths) if layout == "joined" else max(lengths))
     if layout == "padded":
-        assert starts[: len(texts)] == [i * width for i in range(rows)] or 0 in lengths
-        assert rows == len(texts)
-    if layout == "packed":  # No two rows would fit into one.
-        filled = sorted(sum(place // width == row for place in taken) for row in range(rows))
-        assert rows == 1 or filled[0] + filled[1] > width
+        assert [text[0] for text in texts] == [i * max(lengths) for i in range(rows)]
+    if layout == "joined":
+        assert rows == 1
+        assert width == sum(lengths)
+    if layout == "packed":
+        assert max(lengths) <= width <= 2 * max(lengths)
+        assert rows * width <= max(lengths) * len(texts)
+
+
+def test_the_width_of_shared_rows() -> None:
+    """Rows of the longest text's width would hold one text each."""
+    lengths = [80, 41, 80, 41, 80, 41]
+    _, rows, width = places(lengths, "packed")
+    assert rows == 3
+    assert sum(lengths) <= rows * width < 1.1 * sum(lengths)
 
 
 @pytest.mark.parametrize(
