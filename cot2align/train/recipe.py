@@ -152,6 +152,11 @@ class _Planner:
                     f"stage {stage.name}: texts is cot, and no row of {file} has a rationale"
                     + ("; `eval: none` leaves them out" if file == config.eval else "")
                 )
+        crossed_only = stage.command == "distill" and config.ot and not config.cst
+        if crossed_only and not self.has_rationales(config.train):
+            raise UserError(
+                f"stage {stage.name}: cst is off, and no row of {config.train} has a rationale"
+            )
 
     def rows(self, where: str, path: str) -> list[Row]:
         """Of a file that is there. Raises UserError."""

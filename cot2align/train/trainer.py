@@ -124,8 +124,12 @@ def run(config: SFTConfig | DistillConfig) -> dict[str, Any]:
             print(line)
     made = set_up(config, checkpoint)
     trainer, arguments = made.trainer, made.trainer.args
+    rationales = sum(bool(row.rationale) for row in made.rows)
+    if isinstance(config, DistillConfig) and config.ot and not config.cst and not rationales:
+        raise UserError(
+            f"'cst' is off and no row of {config.train} has a rationale: none has a crossed pair"
+        )
     if main_process:
-        rationales = sum(bool(row.rationale) for row in made.rows)
         print(f"{len(made.examples)} rows to train on, {rationales} with a rationale")
         print(
             f"{rows_per_step(arguments)} rows per step: batch_size {config.batch_size} x "
@@ -201,11 +205,6 @@ def set_up(config: SFTConfig | DistillConfig, checkpoint: str | None = None) -> 
         raise UserError(
             f"no row of {config.eval} has a rationale, and texts is 'cot'; 'eval: none' leaves "
             "them out"
-        )
-    crossed_only = isinstance(config, DistillConfig) and config.ot and not config.cst
-    if crossed_only and not any(row.rationale for row in rows):
-        raise UserError(
-            f"'cst' is off and no row of {config.train} has a rationale: none has a crossed pair"
         )
     samples = _samples(config)
     transformers_logging.set_verbosity_error()

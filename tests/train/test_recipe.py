@@ -280,6 +280,10 @@ def test_rows_that_a_training_would_refuse_late(data, tmp_path) -> None:
     with pytest.raises(UserError, match=r"no row of .*data/train.jsonl has a rationale"):
         planned({"source": "dolly"}, tmp_path, **only_cot)
     planned({"source": "arithmetic"}, tmp_path, **only_cot)
+    only_crossed = {"tune": {}, "methods": {"a": {"cst": False}}}
+    with pytest.raises(UserError, match=r"students/a/seed-10: cst is off, and no row of .*train"):
+        planned({"source": "dolly"}, tmp_path, **only_crossed)
+    planned({"source": "dolly"}, tmp_path, rationales={}, **only_crossed)
     sampled = {"generate_rows": 1, "generate_data": ["nowhere.jsonl"]}
     with pytest.raises(UserError, match=r"generate_data: no file nowhere\.jsonl"):
         planned(data, tmp_path, students={"student": "small", **sampled})
@@ -388,6 +392,13 @@ def test_check_before_anything_is_made(data, tmp_path, capsys) -> None:
     ):
         assert cli("check", config=path, **settings) == 2
         assert error in capsys.readouterr().err
+    # Crossed pairs, in rows that have no rationale yet.
+    rows = [{k: v for k, v in row.items() if k != "rationale"} for row in sample_rows(8)]
+    source |= {"source": write_rows(tmp_path / "plain.jsonl", rows)}
+    crossed = {"data": source, "methods": {"only-crc": {"cst": False}}}
+    path.write_text(yaml.safe_dump(whole | crossed))
+    assert cli("check", config=path, batch_size=1, dry_run="off") == 0
+    assert "  6 rows, 0 with a rationale" in capsys.readouterr().out
     path.write_text(yaml.safe_dump(whole | {"data": {"source": str(tmp_path / "rows.csv")}}))
     assert cli("check", config=path) == 2
     assert capsys.readouterr().err.startswith("error: section 'data': source ")
