@@ -40,11 +40,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.measure import QUANTILES, surroundings
 from cot2align.train.__main__ import config_class, run_module
 from cot2align.train.config import DistillConfig, build
-from cot2align.train.data import Example, Text, TextEncoder, collate, encode_rows, read_rows
+from cot2align.train.data import (
+    Example,
+    Text,
+    TextEncoder,
+    collate,
+    encode_rows,
+    model_batch,
+    read_rows,
+)
 from cot2align.train.demo import DemoConfig, recipe_of
 from cot2align.train.distiller import Distiller, build_distiller
 from cot2align.train.models import load_tokenizer
 from cot2align.train.recipe import make_plan
+from cot2align.train.token_states import model_inputs
 
 JOINED = 4  # problems of the demo in one text of the larger setup
 BACKENDS = {"native": "native", "packed": "native", "reference": "reference"}
@@ -99,16 +108,14 @@ def make_step(
 
 
 def forward(
-    model: PreTrainedModel, texts: Sequence[Text], width: int | None
+    model: PreTrainedModel, texts: Sequence[Text], width: int
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """One forward pass, padded to `width` or the longest text -> response states by layer and text,
-    response logits by text."""
-    width = width or max(len(text.ids) for text in texts)
-    ids, mask = torch.zeros(2, len(texts), width, dtype=torch.int64)
-    for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
-    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    """One forward pass, padded to the longest text and at least to `width` -> response states by
+    layer and text, response logits by text."""
+    inputs = model_inputs(model_batch(texts))
+    missing = max(0, width - inputs["input_ids"].shape[1])
+    padded = {name: F.pad(tensor, (0, missing)) for name, tensor in inputs.items()}
+    output = model(**padded, output_hidden_states=True, use_cache=False)
     places = [slice(text.prompt_length - 1, len(text.ids) - 1) for text in texts]
     layers = (output.hidden_states[0], output.hidden_states[-1])
     states = [[layer[b, place] for b, place in enumerate(places)] for layer in layers]
@@ -131,7 +138,7 @@ def sinkhorn_loss(x: Tensor, y: Tensor, projection: Tensor, config: DistillConfi
 
 
 def plain_loss(
-    distiller: Distiller, config: DistillConfig, examples: list[Example], width: int | None
+    distiller: Distiller, config: DistillConfig, examples: list[Example], width: int
 ) -> Tensor:
     """The demo's objective, sample by sample; every row has both texts. width: see `forward`."""
     student, teacher = [], []
@@ -164,7 +171,7 @@ def one_step(
     teacher, cross_cot = distiller.teacher, distiller.cross_cot
     try:
         if way in PLAIN:
-            width = None if way == "trimmed" else config.max_length
+            width = 0 if way == "trimmed" else config.max_length
             loss = plain_loss(distiller, config, examples, width)
         else:
             if way in BACKENDS:
